@@ -1,0 +1,33 @@
+"""About 100M parameters: the whole architecture on one device or two cores."""
+
+BASE = "v3_671b"
+DIFF = {
+  "name": "v3_100m",
+  "model.vocab_size": 32_768,
+  "model.dim": 512,
+  "model.n_layers": 8,
+  "model.n_dense_layers": 1,
+  "model.dense_hidden": 1536,
+  "model.init_std": 0.02,
+  "model.attention.n_heads": 8,
+  "model.attention.n_kv_heads": 8,
+  "model.attention.q_rank": 256,
+  "model.attention.kv_rank": 256,
+  "model.attention.nope_dim": 64,
+  "model.attention.rope_dim": 32,
+  "model.attention.v_dim": 64,
+  "model.moe.n_routed": 32,
+  "model.moe.top_k": 4,
+  "model.moe.hidden": 192,
+  "model.moe.n_groups": 4,
+  "model.moe.top_groups": 2,
+  "data.seq_len": 512,
+  "schedule.time": "share",
+  "schedule.horizon_tokens": 2e9,
+  "schedule.warmup_steps": 500,
+  "schedule.lr_peak": 1e-3,
+  "schedule.lr_end": 1e-4,
+  "schedule.lr_last": 3.3e-5,
+  "schedule.batch_size": 64,
+  "schedule.batch_size_start": 64,
+}

@@ -1,0 +1,360 @@
+"""What a run is made of: frozen dataclasses, checked once, read everywhere.
+
+The values stand in `configs/`; here stand the names, the types, the choices
+and what cannot be combined. `build` turns a config into a `Config` or raises
+`ConfigError` with the key, what was found and what was wanted.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+Balancing = Literal[
+  "bias+sequence", "bias+batch", "bias", "sequence", "batch", "none"
+]
+
+
+class ConfigError(ValueError):
+  """A config that cannot be: one line, with the key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """Attention of a block (Sec. 2.1.1), or a baseline for ablations."""
+
+  kind: Literal["mla", "mha", "gqa"]
+  n_heads: int
+  n_kv_heads: int  # key and value heads; read by `gqa` alone
+  q_rank: int  # query latent; 0: queries straight from the hidden state
+  kv_rank: int  # key-value latent; read by `mla` alone
+  nope_dim: int  # content part of a head
+  rope_dim: int  # rotated part of a head
+  v_dim: int
+  kernel: Literal["auto", "flash", "naive"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary embedding, and YaRN where yarn_factor is over 1 (Sec. 4.3)."""
+
+  theta: float
+  yarn_factor: float
+  original_len: int
+  beta_fast: float
+  beta_slow: float
+  mscale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Moe:
+  """DeepSeekMoE (Sec. 2.1.2)."""
+
+  n_routed: int
+  n_shared: int
+  top_k: int
+  hidden: int  # of one expert
+  n_groups: int
+  top_groups: int  # groups a token may go to (M)
+  group_score: Literal["top2", "max"]  # V3 and V2
+  gate: Literal["sigmoid", "softmax"]  # V3 and V2
+  normalize: bool  # the chosen gates sum to routed_scale
+  routed_scale: float
+  balancing: Balancing
+  kernel: Literal["auto", "tiles", "ragged", "tokamax", "dense"]
+
+  @property
+  def has_bias(self) -> bool:
+    return self.balancing.startswith("bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mtp:
+  """Multi-token prediction (Sec. 2.2)."""
+
+  depth: int
+  hidden: Literal["after_norm", "before_norm"]  # the main model's final norm
+  concat: Literal["hidden_embedding", "embedding_hidden"]  # order in Eq. 21
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The network (Sec. 2)."""
+
+  vocab_size: int
+  dim: int
+  n_layers: int  # without the MTP modules
+  ffn: Literal["moe", "dense"]
+  n_dense_layers: int  # the first ones
+  dense_hidden: int
+  norm_eps: float
+  init_std: float
+  dtype: Literal["bfloat16", "float32"]  # of activations
+  layers: Literal["scan", "unrolled"]
+  remat: Literal["none", "paper", "full"]
+  attention: Attention
+  rope: Rope
+  moe: Moe
+  mtp: Mtp
+
+  @property
+  def n_moe_layers(self) -> int:
+    return self.n_layers - self.n_dense_layers if self.ffn == "moe" else 0
+
+  @property
+  def n_routers(self) -> int:
+    """Rows of every routing statistic: the MoE layers, then MTP's."""
+    return self.n_moe_layers + self.mtp.depth * (self.ffn == "moe")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Where tokens come from (Sec. 4.1)."""
+
+  sources: tuple[str, ...]  # python | folder | *.txt | *.jsonl | *.parquet | ...
+  weights: tuple[float, ...]  # one a source; empty: in proportion to size
+  text_key: str  # the field of jsonl and Parquet rows
+  tokenizer: str  # bytes | the path of a tokenizer.json
+  seq_len: int
+  mask_documents: bool  # True: a document neither sees nor predicts another
+  fim_rate: float  # share of documents in fill-in-the-middle order
+  split_rate: float  # share of merged punctuation-newline tokens that is split
+  heldout: float  # share of the files (or rows) kept for evaluation
+  cache: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW (Sec. 4.2)."""
+
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  decayed: Literal["matrices", "all"]
+  clip_norm: float  # global norm; 0: no clipping
+  moment_dtype: Literal["bfloat16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """What changes while training goes on (Sec. 4.2).
+
+  All boundaries are in tokens of a run of `horizon_tokens`. With time "tokens"
+  they hold as they stand; with "share" they shrink or stretch to the length of
+  the run at hand, so that a short run goes through the whole of it.
+  """
+
+  time: Literal["tokens", "share"]
+  horizon_tokens: float
+  warmup_steps: int
+  lr_peak: float
+  lr_constant_tokens: float
+  lr_cosine_tokens: float
+  lr_end: float
+  lr_last_tokens: float
+  lr_last: float
+  mtp_weight: float
+  mtp_weight_late: float
+  mtp_weight_tokens: float
+  bias_speed: float
+  bias_speed_tokens: float
+  balance_weight: float
+  z_weight: float
+  batch_size: int
+  batch_size_start: int
+  batch_ramp_tokens: float
+  batch_ramp_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """The run."""
+
+  seed: int
+  steps: int  # optimiser steps in all; 0: as many as the horizon takes
+  max_minutes: float  # of this process; 0: no limit
+  microbatches: int
+  ema_decay: float  # 0: none
+  ema_place: Literal["device", "host"]
+  max_skipped: int
+  log_every: int
+  eval_every: int
+  eval_batches: int
+  checkpoint_every: int
+  checkpoints_kept: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All of it."""
+
+  name: str
+  model: Model
+  data: Data
+  optimizer: Optimizer
+  schedule: Schedule
+  train: Train
+
+
+def build(values: ConfigDict | Mapping[str, Any]) -> Config:
+  """A checked `Config` from a ConfigDict, or from the JSON of a run."""
+  if isinstance(values, ConfigDict):
+    values = values.to_dict()
+  config = _build(Config, values, "config")
+  check(config)
+  return config
+
+
+def _build(cls, values: Mapping[str, Any], where: str):
+  fields = {f.name: f.type for f in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      raise ConfigError(f"{where}.{key}: no such key{nearest(key, fields)}")
+  for key in fields:
+    if key not in values:
+      raise ConfigError(f"{where}.{key}: missing")
+  return cls(
+    **{k: coerce(values[k], t, f"{where}.{k}") for k, t in fields.items()}
+  )
+
+
+def nearest(key: str, known) -> str:
+  """Hint at the known key closest to a misspelt one; "" if none is close."""
+  close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+  return f"; did you mean {close[0]}?" if close else ""
+
+
+def coerce(value: Any, kind: Any, where: str) -> Any:
+  """`value` as the annotated type `kind`, or a ConfigError that names both."""
+  if dataclasses.is_dataclass(kind):
+    if not isinstance(value, Mapping):
+      raise ConfigError(f"{where}: found {value!r}, wanted a group of keys")
+    return _build(kind, value, where)
+  if typing.get_origin(kind) is Literal:
+    choices = typing.get_args(kind)
+    if value not in choices:
+      raise ConfigError(
+        f"{where}: found {value!r}, wanted one of {', '.join(choices)}"
+        + (nearest(value, choices) if isinstance(value, str) else "")
+      )
+    return value
+  if isinstance(kind, types.GenericAlias):
+    if not isinstance(value, (tuple, list)):
+      raise ConfigError(f"{where}: found {value!r}, wanted a list")
+    return tuple(coerce(v, kind.__args__[0], where) for v in value)
+  whole = isinstance(value, float) and value.is_integer()
+  if kind is int and whole:
+    return int(value)
+  if kind is float and type(value) is int:
+    return float(value)
+  if type(value) is not kind:
+    raise ConfigError(f"{where}: found {value!r}, wanted {kind.__name__}")
+  return value
+
+
+def _require(ok: bool, where: str, found: Any, wanted: str) -> None:
+  if not ok:
+    raise ConfigError(f"config.{where}: found {found}, wanted {wanted}")
+
+
+def check(config: Config) -> None:
+  """Raises ConfigError for sizes and values that cannot go together."""
+  _check_model(config.model)
+  _check_numbers(config)
+  data, train, schedule = config.data, config.train, config.schedule
+  shortest = config.model.mtp.depth + 2
+  _require(
+    data.seq_len >= shortest,
+    "data.seq_len",
+    data.seq_len,
+    f"at least {shortest}: MTP depth {config.model.mtp.depth} needs them",
+  )
+  _require(
+    len(data.weights) in (0, len(data.sources)),
+    "data.weights",
+    f"{len(data.weights)} weights",
+    f"one for each of the {len(data.sources)} sources, or none",
+  )
+  _require(len(data.sources) > 0, "data.sources", "none", "at least one")
+  for key in ("batch_size", "batch_size_start"):
+    size = getattr(schedule, key)
+    _require(
+      size % train.microbatches == 0,
+      f"schedule.{key}",
+      size,
+      f"a multiple of train.microbatches = {train.microbatches}",
+    )
+
+
+def _check_model(model: Model) -> None:
+  moe, attention = model.moe, model.attention
+  _require(
+    attention.rope_dim % 2 == 0,
+    "model.attention.rope_dim",
+    attention.rope_dim,
+    "an even number",
+  )
+  if attention.kind == "gqa":
+    _require(
+      attention.n_heads % attention.n_kv_heads == 0,
+      "model.attention.n_kv_heads",
+      attention.n_kv_heads,
+      f"a divisor of n_heads = {attention.n_heads}",
+    )
+  _require(
+    model.n_dense_layers < model.n_layers or model.ffn == "dense",
+    "model.n_dense_layers",
+    model.n_dense_layers,
+    f"fewer than n_layers = {model.n_layers}, or model.ffn = dense",
+  )
+  if model.ffn == "dense":
+    return
+  _require(
+    moe.n_routed % moe.n_groups == 0,
+    "model.moe.n_groups",
+    moe.n_groups,
+    f"a divisor of n_routed = {moe.n_routed}",
+  )
+  _require(
+    moe.top_groups <= moe.n_groups,
+    "model.moe.top_groups",
+    moe.top_groups,
+    f"at most n_groups = {moe.n_groups}",
+  )
+  reach = moe.n_routed // moe.n_groups * moe.top_groups
+  _require(
+    moe.top_k <= reach,
+    "model.moe.top_k",
+    moe.top_k,
+    f"at most the {reach} experts of {moe.top_groups} groups",
+  )
+
+
+# Keys that may be zero; every other number must be over zero.
+_MAY_BE_ZERO = frozenset(
+  "n_dense_layers q_rank n_shared depth fim_rate split_rate heldout "
+  "weight_decay clip_norm warmup_steps mtp_weight mtp_weight_late "
+  "mtp_weight_tokens bias_speed bias_speed_tokens balance_weight z_weight "
+  "batch_ramp_tokens lr_last_tokens lr_constant_tokens lr_cosine_tokens "
+  "lr_end lr_last seed steps max_minutes ema_decay max_skipped eval_every "
+  "eval_batches checkpoint_every b1 b2".split()
+)
+_SHARES = frozenset("fim_rate split_rate heldout ema_decay b1 b2".split())
+
+
+def _check_numbers(group: Any, where: str = "") -> None:
+  for field in dataclasses.fields(group):
+    value, key = getattr(group, field.name), f"{where}{field.name}"
+    if dataclasses.is_dataclass(value):
+      _check_numbers(value, f"{key}.")
+    elif type(value) in (int, float):
+      low = 0 if field.name in _MAY_BE_ZERO else None
+      ok = value >= 0 if low == 0 else value > 0
+      _require(ok, key, value, "0 or more" if low == 0 else "more than 0")
+      if field.name in _SHARES:
+        _require(value < 1, key, value, "less than 1")
