@@ -115,7 +115,9 @@ class Model:
 class Data:
   """Where tokens come from (Sec. 4.1)."""
 
-  sources: tuple[str, ...]  # python | folder | *.txt | *.jsonl | *.parquet | ...
+  sources: tuple[
+    str, ...
+  ]  # python | folder | *.txt | *.jsonl | *.parquet | ...
   weights: tuple[float, ...]  # one a source; empty: in proportion to size
   text_key: str  # the field of jsonl and Parquet rows
   tokenizer: str  # bytes | the path of a tokenizer.json

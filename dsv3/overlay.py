@@ -75,9 +75,7 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
   """Dotted keys where `b` departs from `a`, with the pair of values."""
   a, b = flat(a), flat(b)
   return {
-    key: (a.get(key), b.get(key))
-    for key in a | b
-    if a.get(key) != b.get(key)
+    key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)
   }
 
 

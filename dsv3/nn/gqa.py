@@ -1,0 +1,40 @@
+"""Grouped-query and multi-head attention: what MLA is compared with."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3 import config
+from dsv3.nn.layers import weight
+from dsv3.nn.mla import Queries, attend, rope_frequencies
+from dsv3.ops import rope
+from dsv3.ops.gemm import Gemm
+
+
+class Gqa(nnx.Module):
+  """Grouped-query attention with RoPE on every head's own last dims.
+
+  The baseline of DeepSeek-V2's ablations: `n_kv_heads` equal to `n_heads` is
+  plain multi-head attention.
+  """
+
+  def __init__(
+    self, model: config.Model, n_kv_heads: int, *, gemm: Gemm, key: jax.Array
+  ):
+    a, std = model.attention, model.init_std
+    keys = jax.random.split(key, 5)
+    self.queries = Queries(model, gemm=gemm, key=keys[0])
+    self.w_k = weight(keys[1], (model.dim, n_kv_heads, a.nope_dim), std)
+    self.w_kr = weight(keys[2], (model.dim, n_kv_heads, a.rope_dim), std)
+    self.w_v = weight(keys[3], (model.dim, n_kv_heads, a.v_dim), std)
+    self.w_o = weight(keys[4], (a.n_heads, a.v_dim, model.dim), std)
+    self.model = model
+    self.gemm = gemm
+
+  def __call__(self, h_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
+    frequencies_R = rope_frequencies(self.model)
+    q = self.queries(h_BLD, frequencies_R)
+    k_r = rope.rotate(self.gemm.dot(h_BLD, self.w_kr[...]), frequencies_R)
+    k = jnp.concatenate([self.gemm.dot(h_BLD, self.w_k[...]), k_r], axis=-1)
+    v_BLHV = self.gemm.dot(h_BLD, self.w_v[...])
+    return attend(q, k, v_BLHV, self.w_o, segments_BL, self.model, self.gemm)

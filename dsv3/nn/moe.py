@@ -1,0 +1,123 @@
+"""DeepSeekMoE: shared and routed experts behind a bias-balanced router."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3 import config
+from dsv3.nn.layers import Ffn, swiglu, weight
+from dsv3.ops import balance, dispatch, routing
+from dsv3.ops.gemm import Gemm
+
+
+class RouterBias(nnx.Variable):
+  """b of Eq. 16: float32, and no Param, so no optimizer and no decay."""
+
+
+class Traffic(NamedTuple):
+  """What a router did: returned by the forward pass, never counted aside.
+
+  Stacked over layers, every field has X in front.
+  """
+
+  load: jax.Array  # [E] int32, tokens per expert
+  count: jax.Array  # [B, E] int32, of the balance losses (Eq. 18)
+  mass: jax.Array  # [B, E] float32, of the balance losses (Eq. 20)
+
+
+def no_traffic(n_sequences: int, n_routed: int) -> Traffic:
+  """The stacked traffic of no router at all."""
+  return Traffic(
+    jnp.zeros((0, n_routed), jnp.int32),
+    jnp.zeros((0, n_sequences, n_routed), jnp.int32),
+    jnp.zeros((0, n_sequences, n_routed), jnp.float32),
+  )
+
+
+class Router(nnx.Module):
+  """Affinities, bias, group limit, gates (Eq. 13-16)."""
+
+  def __init__(self, model: config.Model, *, key: jax.Array):
+    m = model.moe
+    self.centroid = weight(key, (m.n_routed, model.dim), model.init_std)
+    if m.has_bias:
+      self.bias = RouterBias(jnp.zeros(m.n_routed, jnp.float32))
+    self.moe = m
+
+  def __call__(self, u_TD: jax.Array) -> routing.Routing:
+    m = self.moe
+    return routing.route(
+      u_TD,
+      self.centroid[...],
+      self.bias[...] if m.has_bias else None,
+      top_k=m.top_k,
+      n_groups=m.n_groups,
+      top_groups=m.top_groups,
+      group_score=m.group_score,
+      gate=m.gate,
+      normalize=m.normalize,
+      routed_scale=m.routed_scale,
+    )
+
+
+class Experts(nnx.Module):
+  """The routed experts' SwiGLU networks, over rows sorted by expert."""
+
+  def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):
+    keys = jax.random.split(key, 3)
+    n, d, f = model.moe.n_routed, model.dim, model.moe.hidden
+    self.w_gate = weight(keys[0], (n, d, f), model.init_std)
+    self.w_up = weight(keys[1], (n, d, f), model.init_std)
+    self.w_down = weight(keys[2], (n, f, d), model.init_std)
+    self.gemm = gemm
+
+  def __call__(self, x_AD: jax.Array, load_E: jax.Array) -> jax.Array:
+    dot = self.gemm.grouped_dot
+    gate_AF = checkpoint_name(dot(x_AD, self.w_gate[...], load_E), "ffn_gate")
+    up_AF = checkpoint_name(dot(x_AD, self.w_up[...], load_E), "ffn_up")
+    return dot(swiglu(gate_AF, up_AF), self.w_down[...], load_E)
+
+
+class Moe(nnx.Module):
+  """Shared plus routed experts, no token dropped (Eq. 12)."""
+
+  def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):
+    m = model.moe
+    keys = jax.random.split(key, 3)
+    self.router = Router(model, key=keys[0])
+    self.experts = Experts(model, gemm=gemm, key=keys[1])
+    if m.n_shared:
+      # n_shared experts that every token takes are one of n times the width.
+      self.shared = Ffn(
+        model.dim,
+        m.n_shared * m.hidden,
+        std=model.init_std,
+        gemm=gemm,
+        key=keys[2],
+      )
+    self.moe = m
+
+  def __call__(
+    self, u_BLD: jax.Array, segments_BL: jax.Array
+  ) -> tuple[jax.Array, Traffic]:
+    """The output, without the residual, and the traffic."""
+    m = self.moe
+    u_TD = u_BLD.reshape(-1, u_BLD.shape[-1])
+    routed = self.router(u_TD)
+    plan = dispatch.plan(
+      routed.experts_TK, segments_BL.reshape(-1) > 0, m.n_routed
+    )
+    with jax.named_scope("eq12"):
+      x_AD = dispatch.dispatch(u_TD, plan)
+      y_AD = self.experts(x_AD, plan.load_E)
+      y_TD = dispatch.combine(y_AD, routed.gate_TK, plan).astype(u_TD.dtype)
+      y_BLD = y_TD.reshape(u_BLD.shape)
+      if m.n_shared:
+        y_BLD = y_BLD + self.shared(u_BLD)
+    count_BE, mass_BE = balance.sequence_statistics(
+      routed.affinity_TE, segments_BL, m.top_k
+    )
+    return y_BLD, Traffic(plan.load_E, count_BE, mass_BE)

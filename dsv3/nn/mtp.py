@@ -1,0 +1,45 @@
+"""Multi-token prediction: one module per further token (Sec. 2.2, Fig. 3)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3 import config
+from dsv3.nn import block
+from dsv3.nn.layers import RmsNorm, weight
+from dsv3.ops.gemm import Gemm
+
+
+class MtpModule(nnx.Module):
+  """MTP module k: two norms, a projection, a block of its own (Eq. 21, 22).
+
+  Embedding and output head are the main model's (Sec. 2.2) and not held here.
+  `norm` is the module's own final norm, before that head.
+  """
+
+  def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):
+    key_proj, key_block = jax.random.split(key)
+    self.hnorm = RmsNorm(model.dim, model.norm_eps)
+    self.enorm = RmsNorm(model.dim, model.norm_eps)
+    self.proj = weight(key_proj, (2 * model.dim, model.dim), model.init_std)
+    self.block = block.Block(model, model.ffn, gemm=gemm, key=key_block)
+    self.norm = RmsNorm(model.dim, model.norm_eps)
+    self.model = model
+
+  def __call__(self, h_BLD, e_BLD, segments_BL):
+    """h^k before its norm from h^(k-1) and Emb(t_(i+k)), and the traffic."""
+    with jax.named_scope("eq21"):
+      parts = [self.hnorm(h_BLD), self.enorm(e_BLD)]
+      if self.model.mtp.concat == "embedding_hidden":
+        parts.reverse()
+      pair = jnp.concatenate(parts, axis=-1)
+      # High precision, as in the release: this projection has no FP8 scales.
+      x_BLD = jnp.einsum(
+        "BLI,ID->BLD",
+        pair,
+        self.proj[...].astype(pair.dtype),
+        precision="highest" if pair.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+      ).astype(pair.dtype)
+    with jax.named_scope("eq22"):
+      return block.run(self.block, x_BLD, segments_BL, self.model.remat)

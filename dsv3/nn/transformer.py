@@ -1,0 +1,105 @@
+"""The Transformer of Figure 2: embedding, blocks, final norm, output head."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3 import config
+from dsv3.nn import moe
+from dsv3.nn.block import Block, run_stack, stack
+from dsv3.nn.layers import RmsNorm, weight
+from dsv3.nn.mtp import MtpModule
+from dsv3.ops.gemm import Gemm
+
+
+class Output(NamedTuple):
+  """What a forward pass returns; the head is applied by the loss."""
+
+  hidden: tuple[jax.Array, ...]  # [B, L, D] for the main model and every MTP
+  traffic: moe.Traffic  # of all routers, [X, ...], MTP's last
+
+
+class Transformer(nnx.Module):
+  """DeepSeek-V3 (Fig. 2), with its MTP modules (Fig. 3)."""
+
+  def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):
+    keys = jax.random.split(key, 5)
+    shape = (model.vocab_size, model.dim)
+    self.embed = weight(keys[0], shape, model.init_std)
+    block = lambda ffn: lambda key: Block(model, ffn, gemm=gemm, key=key)
+    n_dense = model.n_layers - model.n_moe_layers
+    if n_dense:
+      self.dense = stack(block("dense"), n_dense, keys[1])
+    if model.n_moe_layers:
+      self.moe = stack(block("moe"), model.n_moe_layers, keys[2])
+    self.norm = RmsNorm(model.dim, model.norm_eps)
+    self.head = weight(keys[3], shape[::-1], model.init_std)
+    if model.mtp.depth:
+      make = functools.partial(MtpModule, model, gemm=gemm)
+      self.mtp = stack(lambda key: make(key=key), model.mtp.depth, keys[4])
+    self.model = model
+
+  def embedding(self, tokens_BL: jax.Array) -> jax.Array:
+    """Emb(.): float32 rows of the table, in the type of activations."""
+    return self.embed[...][tokens_BL].astype(self.model.dtype)
+
+  def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+    """OutHead(.), float32 (Eq. 23 before its softmax)."""
+    return jnp.einsum(
+      "BLD,DW->BLW",
+      hidden_BLD,
+      self.head[...].astype(hidden_BLD.dtype),
+      precision="highest" if hidden_BLD.dtype == jnp.float32 else None,
+      preferred_element_type=jnp.float32,
+    )
+
+  def __call__(
+    self,
+    tokens_BL: jax.Array,
+    segments_BL: jax.Array | None = None,
+    ahead_BPL: jax.Array | None = None,
+  ) -> Output:
+    """Final hidden states of the main model and of every MTP module.
+
+    `segments_BL`: attention stays within equal ids; 0 is padding, which is in
+    no load. None: one segment. `ahead_BPL` are the tokens that follow, the
+    inputs of the MTP modules: [:, k - 1, i] is token i + k, or -1 where it is
+    unknown. None: the MTP modules are left out.
+    """
+    if segments_BL is None:
+      segments_BL = jnp.ones(tokens_BL.shape, jnp.int32)
+    x_BLD = self.embedding(tokens_BL)
+    traffics = [moe.no_traffic(len(tokens_BL), self.model.moe.n_routed)]
+    for name in ("dense", "moe"):
+      if hasattr(self, name):
+        blocks = getattr(self, name)
+        x_BLD, traffic = run_stack(blocks, x_BLD, segments_BL, self.model)
+        traffics += [traffic] if traffic is not None else []
+    hidden = [self.norm(x_BLD)]
+    if ahead_BPL is not None and self.model.mtp.depth:
+      before = self.model.mtp.hidden == "before_norm"
+      more, traffic = self.predict_ahead(
+        x_BLD if before else hidden[0], segments_BL, ahead_BPL
+      )
+      hidden += more
+      traffics += [traffic] if traffic is not None else []
+    traffic = jax.tree.map(lambda *a: jnp.concatenate(a), *traffics)
+    return Output(tuple(hidden), traffic)
+
+  def predict_ahead(self, h_BLD, segments_BL, ahead_BPL):
+    """Runs the MTP modules one after the other (Eq. 21-23)."""
+    hidden, traffics = [], []
+    for k in range(self.model.mtp.depth):
+      module = jax.tree.map(lambda a, k=k: a[k], self.mtp)
+      next_BL = ahead_BPL[:, k]
+      # Where token i + k is unknown the position is padding to this module.
+      known_BL = jnp.where(next_BL >= 0, segments_BL, 0)
+      e_BLD = self.embedding(jnp.maximum(next_BL, 0))
+      x_BLD, traffic = module(h_BLD, e_BLD, known_BL)
+      hidden.append(module.norm(x_BLD))
+      h_BLD = x_BLD if self.model.mtp.hidden == "before_norm" else hidden[-1]
+      traffics.append(traffic)
+    return hidden, jax.tree.map(lambda *a: jnp.stack(a), *traffics)

@@ -1,0 +1,1 @@
+"""What a model costs, found without hardware and without memory."""

@@ -1,0 +1,228 @@
+"""Checkpoints: atomic, asynchronous, the newest and the best kept.
+
+A checkpoint `N` is the state after step N. Every part of it is an item of its
+own, so that evaluation reads the parameters alone:
+
+  params ema       nested dicts by name: moe/attention/w_uk; float32
+  router           moe/ffn/router/bias; float32
+  optimizer        1/first/..., 1/second/...: the moments; 1/count
+  counters         step, skipped
+  meta             JSON: data position, seed, type of every array
+
+Orbax writes to a folder of another name and renames it, so a killed save
+leaves no checkpoint rather than half of one.
+"""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from dsv3.train.state import TrainState
+
+Trees = dict[str, Any]  # name of an item -> pytree
+
+
+class CheckpointError(RuntimeError):
+  """No checkpoint can be read: one line that says which and why."""
+
+
+def trees_of(state: TrainState, host_ema: Any = None) -> Trees:
+  """The items of a checkpoint; an item without arrays is left out."""
+  trees = {
+    "params": state.params,
+    "router": state.router,
+    "optimizer": state.opt_state,
+    "ema": state.ema if host_ema is None else host_ema,
+    "counters": {"step": state.step, "skipped": state.skipped},
+  }
+  return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+
+def state_of(trees: Mapping[str, Any], like: TrainState) -> TrainState:
+  """The TrainState in `trees`; what has no arrays comes from `like`."""
+  return TrainState(
+    step=trees["counters"]["step"],
+    params=trees["params"],
+    opt_state=trees.get("optimizer", like.opt_state),
+    router=trees.get("router", like.router),
+    ema=None if like.ema is None else trees["ema"],
+    skipped=trees["counters"]["skipped"],
+  )
+
+
+class Checkpoints:
+  """The checkpoints of a run."""
+
+  def __init__(
+    self, folder: pathlib.Path, *, kept: int = 1, read_only: bool = False
+  ):
+    policies = [
+      checkpoint_managers.LatestN(kept),
+      checkpoint_managers.BestN(
+        get_metric_fn=lambda metrics: metrics["bits_per_byte"],
+        reverse=True,
+        n=1,
+        keep_checkpoints_without_metrics=False,
+      ),
+    ]
+    self.folder = pathlib.Path(folder).resolve()
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+      read_only=read_only,
+      create=not read_only,
+    )
+    self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps of all finished checkpoints, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+    self,
+    step: int,
+    trees: Trees,
+    meta: Mapping[str, Any],
+    bits_per_byte: float | None = None,
+  ) -> None:
+    """Starts to save; returns once the arrays may be donated."""
+    named = {item: _by_name(tree) for item, tree in trees.items()}
+    meta = {**meta, "dtypes": _dtypes(named)}
+    items = {item: ocp.args.StandardSave(tree) for item, tree in named.items()}
+    metrics = {"bits_per_byte": bits_per_byte} if bits_per_byte else None
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
+      metrics=metrics,
+      force=True,
+    )
+
+  def restore(self, step: int, like: Trees) -> tuple[Trees, dict[str, Any]]:
+    """The items of `like` at `step`, and the meta.
+
+    The leaves of `like` say what comes back: jax.ShapeDtypeStruct with a
+    sharding a jax.Array, a NumPy array a NumPy array.
+    """
+    meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+    named = {item: _by_name(tree) for item, tree in like.items()}
+    _check_dtypes(named, meta["dtypes"], self.folder / str(step))
+    wanted = {item: ocp.args.StandardRestore(t) for item, t in named.items()}
+    found = self._read(step, **wanted)
+    trees = {item: _from_names(like[item], found[item]) for item in like}
+    return trees, meta
+
+  def _read(self, step: int, **items) -> Mapping[str, Any]:
+    return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+  def restore_newest(
+    self, like: Trees, tell: Callable[[str], None], *, set_aside: bool = False
+  ) -> tuple[int, Trees, dict[str, Any]] | None:
+    """The newest checkpoint that can be read; None if there is none at all.
+
+    A damaged one is reported and the one before it taken. With `set_aside` it
+    moves to `damaged/` beside the checkpoints, for its step will be saved
+    again; it is never deleted.
+    """
+    failures = []
+    for step in reversed(self.steps):
+      try:
+        return step, *self.restore(step, like)
+      except CheckpointError:
+        raise
+      except Exception as error:  # Orbax and TensorStore raise many kinds
+        reason = str(error).strip().split("\n")[0][:120]
+        failures.append(f"{self.folder / str(step)} ({reason})")
+        tell(f"damaged checkpoint: {failures[-1]}; trying the one before")
+        if set_aside:
+          self._set_aside(step)
+    if failures:
+      raise CheckpointError(f"no checkpoint can be read: {failures[0]}")
+    return None
+
+  def _set_aside(self, step: int) -> None:
+    place = self.folder.parent / "damaged" / str(step)
+    place.parent.mkdir(exist_ok=True)
+    while place.exists():
+      place = place.with_name(f"{place.name}+")
+    (self.folder / str(step)).rename(place)
+    self._manager.reload()
+
+  def wait(self) -> None:
+    """Returns when all saves are on disk; raises what went wrong with them."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def abstract(trees: Trees, *, on_host: tuple[str, ...] = ()) -> Trees:
+  """What `restore` needs to give arrays of these shapes on the first device.
+
+  The items `on_host` come back as NumPy arrays.
+  """
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def leaf(x, host):
+    if host:  # a view of one element: it takes no memory
+      return np.broadcast_to(np.zeros((), x.dtype), x.shape)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+
+  return {
+    item: jax.tree.map(lambda x, item=item: leaf(x, item in on_host), tree)
+    for item, tree in trees.items()
+  }
+
+
+def _names(path) -> list[str]:
+  """Keys of a leaf's path; a Variable's own `.value` is no level of its own."""
+  keys = [
+    str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))))
+    for k in path
+  ]
+  return keys[:-1] if keys[-1] == "value" else keys
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+  """A pytree as nested dicts of its leaves."""
+  out = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    group, names = out, _names(path)
+    for name in names[:-1]:
+      group = group.setdefault(name, {})
+    group[names[-1]] = leaf
+  return out
+
+
+def _from_names(like: Any, named: Mapping[str, Any]) -> Any:
+  """Inverse of `_by_name`: the leaves of `named` in the structure of `like`."""
+
+  def find(path, _):
+    value = named
+    for name in _names(path):
+      value = value[name]
+    return value
+
+  return jax.tree_util.tree_map_with_path(find, like)
+
+
+def _dtypes(named: Mapping[str, Any]) -> dict[str, str]:
+  return {
+    "/".join(_names(path)): str(leaf.dtype)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(named)
+  }
+
+
+def _check_dtypes(named, found: Mapping[str, str], where) -> None:
+  """Orbax casts to the wanted type in silence; a bfloat16 bias never recovers."""
+  for name, wanted in _dtypes(named).items():
+    if found.get(name, wanted) != wanted:
+      raise CheckpointError(
+        f"{where}: {name}: found {found[name]}, wanted {wanted}"
+      )
+    if name.startswith("router/"):
+      assert wanted == "float32", (name, wanted)

@@ -1,0 +1,55 @@
+"""Everything that training changes, as one pytree."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from dsv3 import config
+from dsv3.nn.moe import RouterBias
+from dsv3.nn.transformer import Transformer
+from dsv3.ops import gemm
+
+
+@struct.dataclass
+class TrainState:
+  """The state between two steps; `dsv3.train.checkpoint` saves all of it."""
+
+  step: jax.Array  # int32, optimiser steps begun; tokens follow from it
+  params: nnx.State  # float32 master weights
+  opt_state: optax.OptState
+  router: nnx.State  # one bias row per router, the MTP module's included
+  ema: nnx.State | None  # of params, or None
+  skipped: jax.Array  # int32, updates left out in a row
+
+
+def make_model(model: config.Model, key: jax.Array) -> Transformer:
+  """A Transformer with weights drawn from `key`."""
+  return Transformer(
+    model, gemm=gemm.plain(model.dtype, model.moe.kernel), key=key
+  )
+
+
+def split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+  """A model's structure, parameters and router biases."""
+  return nnx.split(model, nnx.Param, RouterBias)
+
+
+def create(
+  values: config.Config, optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, TrainState]:
+  """The structure of the model and the state before the first step.
+
+  Under `jax.eval_shape` no memory is taken, at any size.
+  """
+  model = make_model(values.model, jax.random.key(values.train.seed))
+  graphdef, params, router = split(model)
+  on_device = values.train.ema_decay > 0 and values.train.ema_place == "device"
+  return graphdef, TrainState(
+    step=jnp.int32(0),
+    params=params,
+    opt_state=optimizer.init(params),
+    router=router,
+    ema=jax.tree.map(jnp.copy, params) if on_device else None,
+    skipped=jnp.int32(0),
+  )

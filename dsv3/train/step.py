@@ -1,0 +1,181 @@
+"""One training step, whole: gradients, weights, router bias.
+
+Pure: arrays in, arrays out. The caller jits it, with shardings if it has any.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dsv3 import config
+from dsv3.ops import balance, losses
+from dsv3.ops.cross_entropy import cross_entropy
+from dsv3.train import metrics
+from dsv3.train.schedule import Hyper, Schedule
+from dsv3.train.state import TrainState
+
+
+class Batch(NamedTuple):
+  """Rows of a step. Labels are shifted on the host; -1 is no label."""
+
+  tokens_BL: jax.Array  # int32
+  labels_BPL: jax.Array  # int32: [:, p, i] is token i + p + 1
+  segments_BL: jax.Array  # int32: documents a row attends within; 0 is padding
+
+
+class Sums(NamedTuple):
+  """What a microbatch adds to its step."""
+
+  terms: dict[str, jax.Array]  # loss sums, by term
+  correct_P: jax.Array  # int32, labels that had the largest logit
+  load_XE: jax.Array  # int32, tokens per expert of every router
+
+
+def loss_fn(params, router, batch, count, total_XE, hyper, *, graphdef, values):
+  """Objective of one microbatch (Eq. 17, 24, 25), its sums, and the loads.
+
+  `count` are the normalisers of the global batch. `total_XE` is the balance
+  count of the global batch, or None where the microbatch is all of it.
+  """
+  model = nnx.merge(graphdef, params, router)
+  out = model(batch.tokens_BL, batch.segments_BL, batch.labels_BPL[:, :-1])
+  token_losses = [
+    cross_entropy(
+      hidden,
+      model.head[...],
+      batch.labels_BPL[:, p],
+      z_loss=values.schedule.z_weight > 0,
+    )
+    for p, hidden in enumerate(out.hidden)
+  ]
+  if total_XE is None:
+    total_XE = out.traffic.count.sum(1)
+  terms = losses.terms(
+    token_losses,
+    out.traffic.count,
+    out.traffic.mass,
+    total_XE,
+    top_k=values.model.moe.top_k,
+    balancing=values.model.moe.balancing,
+  )
+  weights = losses.Weights(
+    hyper.mtp_weight, hyper.balance_weight, hyper.z_weight
+  )
+  correct_P = jnp.stack([loss.correct for loss in token_losses])
+  sums = Sums(terms, correct_P, out.traffic.load)
+  return losses.total(terms, count, weights), sums
+
+
+def count_choices(params, router, batch, *, graphdef) -> jax.Array:
+  """Balance counts of a microbatch, [X, E]: the batch-wise loss needs them all."""
+  out = nnx.merge(graphdef, params, router)(
+    batch.tokens_BL, batch.segments_BL, batch.labels_BPL[:, :-1]
+  )
+  return out.traffic.count.sum(1)
+
+
+def add_up(function, batch: Batch, microbatches: int):
+  """Sum of `function(part)` over the microbatches of a batch."""
+  if microbatches == 1:
+    return function(batch)
+  parts_G = jax.tree.map(
+    lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch
+  )
+  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts_G))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, function(part)), None
+
+  return jax.lax.scan(add, zeros, parts_G)[0]
+
+
+def accumulate(
+  state: TrainState, batch: Batch, hyper: Hyper, *, graphdef, values
+):
+  """Loss, its sums and its gradients over the whole global batch, in float32."""
+  count = losses.counts(batch.labels_BPL, batch.segments_BL)
+  total_XE, microbatches = None, values.train.microbatches
+  if microbatches > 1 and "batch" in values.model.moe.balancing:
+    counted = lambda part: count_choices(
+      state.params, state.router, part, graphdef=graphdef
+    )
+    total_XE = add_up(counted, batch, microbatches)
+  grad = jax.value_and_grad(
+    functools.partial(loss_fn, graphdef=graphdef, values=values), has_aux=True
+  )
+
+  def of_part(part):
+    return grad(state.params, state.router, part, count, total_XE, hyper)
+
+  (loss, sums), grads = add_up(of_part, batch, microbatches)
+  return loss, sums, count, grads
+
+
+def update_router(router: nnx.State, load_XE: jax.Array, speed) -> nnx.State:
+  """Every router's bias moved by its own load (Sec. 2.1.2).
+
+  Rows of `load_XE` are the MoE layers and then the MTP modules, the order in
+  which the biases stand in the state.
+  """
+  biases, structure = jax.tree.flatten(router)
+  if not biases:
+    return router
+  rows = [bias.shape[0] for bias in biases]
+  assert sum(rows) == load_XE.shape[0], (rows, load_XE.shape)
+  loads = jnp.split(load_XE, [sum(rows[: i + 1]) for i in range(len(rows) - 1)])
+  moved = [
+    balance.update_bias(b, load, speed) for b, load in zip(biases, loads)
+  ]
+  return jax.tree.unflatten(structure, moved)
+
+
+def update_ema(ema: nnx.State, params: nnx.State, decay: float) -> nnx.State:
+  """Exponential moving average of the parameters (Sec. 3.2.3)."""
+  return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  *,
+  graphdef: nnx.GraphDef,
+  optimizer: optax.GradientTransformation,
+  schedule: Schedule,
+  values: config.Config,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The next state, and what to log of the step.
+
+  A loss or gradient that is not finite leaves weights, moments and biases as
+  they were; the step still counts, so the data goes on.
+  """
+  hyper = schedule(state.step)
+  loss, sums, count, grads = accumulate(
+    state, batch, hyper, graphdef=graphdef, values=values
+  )
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = jax.tree.map(lambda p, u: p - hyper.lr * u, state.params, updates)
+  router = update_router(state.router, sums.load_XE, hyper.bias_speed)
+
+  grad_norm = optax.global_norm(grads)
+  ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  old = (state.params, state.opt_state, state.router)
+  params, opt_state, router = jax.tree.map(
+    lambda new, old: jnp.where(ok, new, old), (params, opt_state, router), old
+  )
+  ema = state.ema
+  if ema is not None:
+    ema = update_ema(ema, params, values.train.ema_decay)
+  after = TrainState(
+    step=state.step + 1,
+    params=params,
+    opt_state=opt_state,
+    router=router,
+    ema=ema,
+    skipped=jnp.where(ok, 0, state.skipped + 1),
+  )
+  return after, metrics.of_step(loss, sums, count, grad_norm, hyper, after)
