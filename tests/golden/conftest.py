@@ -1,0 +1,3 @@
+"""Keeps pytest from importing the generator, which needs torch."""
+
+collect_ignore = ["make_hf.py"]
