@@ -23,11 +23,11 @@ DIFF = {
   "model.moe.top_groups": 2,
   "data.seq_len": 512,
   "schedule.time": "share",
-  "schedule.horizon_tokens": 2e9,
   "schedule.warmup_steps": 500,
   "schedule.lr_peak": 1e-3,
   "schedule.lr_end": 1e-4,
   "schedule.lr_last": 3.3e-5,
   "schedule.batch_size": 64,
   "schedule.batch_size_start": 64,
+  "train.tokens": 2e9,
 }

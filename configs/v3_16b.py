@@ -22,10 +22,10 @@ DIFF = {
   "model.moe.n_groups": 1,
   "model.moe.top_groups": 1,
   "schedule.time": "share",
-  "schedule.horizon_tokens": 1.33e12,  # Tables 4 and 5
   "schedule.lr_peak": 4.2e-4,  # DeepSeek-V2-Lite's
   "schedule.lr_end": 4.2e-5,  # unpublished; ours: peak / 10, as V3
   "schedule.lr_last": 1.4e-5,  # unpublished; ours: peak / 30, as V3
   "schedule.batch_size": 4608,  # DeepSeek-V2-Lite's
   "schedule.batch_size_start": 4608,
+  "train.tokens": 1.33e12,  # Tables 4 and 5
 }

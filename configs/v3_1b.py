@@ -27,11 +27,11 @@ DIFF = {
   "data.seq_len": 2048,
   "data.fim_rate": 0.0,
   "schedule.time": "share",
-  "schedule.horizon_tokens": 100e9,
   "schedule.warmup_steps": 1000,
   "schedule.lr_peak": 1e-3,
   "schedule.lr_end": 1e-4,
   "schedule.lr_last": 1e-4,
   "schedule.batch_size": 1152,
   "schedule.batch_size_start": 1152,
+  "train.tokens": 100e9,
 }

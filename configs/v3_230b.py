@@ -17,10 +17,11 @@ DIFF = {
   "model.moe.hidden": 1536,
   "model.moe.top_groups": 3,
   "schedule.time": "share",
-  "schedule.horizon_tokens": 540e9,  # Table 4
   "schedule.lr_peak": 2.4e-4,  # DeepSeek-V2's; the ablation's is unpublished
   "schedule.lr_end": 2.4e-5,  # unpublished; ours: peak / 10, as V3
   "schedule.lr_last": 8e-6,  # unpublished; ours: peak / 30, as V3
   "schedule.batch_size": 9216,  # DeepSeek-V2's
   "schedule.batch_size_start": 2304,  # DeepSeek-V2's
+  "schedule.batch_ramp_stages": 3,  # so that the stairs are multiples of 2304
+  "train.tokens": 540e9,  # Table 4
 }

@@ -106,11 +106,12 @@ def get_config() -> ConfigDict:
   schedule.batch_size = 15_360  # Sec. 4.2
   schedule.batch_size_start = 3072  # Sec. 4.2
   schedule.batch_ramp_tokens = 469e9  # Sec. 4.2
-  schedule.batch_ramp_stages = 8  # unpublished shape; ours: equal stairs
+  schedule.batch_ramp_stages = 4  # unpublished shape; ours: equal stairs
 
   train = config.train = ConfigDict()
   train.seed = 0  # ours
-  train.steps = 0  # ours: 0 is as many as `schedule.horizon_tokens` takes
+  train.tokens = 14.8e12  # Sec. 4.2
+  train.steps = 0  # ours: 0 is as many as train.tokens takes
   train.max_minutes = 0.0  # ours: 0 is no limit
   train.microbatches = 1  # unpublished; ours
   train.ema_decay = 0.999  # unpublished value; ours. Sec. 3.2.3: there is one

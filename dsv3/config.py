@@ -146,7 +146,7 @@ class Optimizer:
 class Schedule:
   """What changes while training goes on (Sec. 4.2).
 
-  All boundaries are in tokens of a run of `horizon_tokens`. With time "tokens"
+  All `*_tokens` are boundaries in a run of `horizon_tokens`. With time "tokens"
   they hold as they stand; with "share" they shrink or stretch to the length of
   the run at hand, so that a short run goes through the whole of it.
   """
@@ -178,7 +178,8 @@ class Train:
   """The run."""
 
   seed: int
-  steps: int  # optimiser steps in all; 0: as many as the horizon takes
+  tokens: float  # of the whole run
+  steps: int  # optimiser steps of the whole run; 0: as many as `tokens` takes
   max_minutes: float  # of this process; 0: no limit
   microbatches: int
   ema_decay: float  # 0: none
@@ -283,13 +284,19 @@ def check(config: Config) -> None:
     f"one for each of the {len(data.sources)} sources, or none",
   )
   _require(len(data.sources) > 0, "data.sources", "none", "at least one")
-  for key in ("batch_size", "batch_size_start"):
-    size = getattr(schedule, key)
+  stair = schedule.batch_size - schedule.batch_size_start
+  _require(
+    stair >= 0 and stair % schedule.batch_ramp_stages == 0,
+    "schedule.batch_ramp_stages",
+    schedule.batch_ramp_stages,
+    f"a divisor of batch_size - batch_size_start = {stair}",
+  )
+  for size in (schedule.batch_size_start, stair // schedule.batch_ramp_stages):
     _require(
       size % train.microbatches == 0,
-      f"schedule.{key}",
-      size,
-      f"a multiple of train.microbatches = {train.microbatches}",
+      "train.microbatches",
+      train.microbatches,
+      "a divisor of every batch size: batch_size_start and the ramp's stairs",
     )
 
 

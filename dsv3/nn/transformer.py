@@ -12,7 +12,8 @@ from dsv3.nn import moe
 from dsv3.nn.block import Block, run_stack, stack
 from dsv3.nn.layers import RmsNorm, weight
 from dsv3.nn.mtp import MtpModule
-from dsv3.ops.gemm import Gemm
+
+from dsv3.ops.gemm import Gemm, plain
 
 
 class Output(NamedTuple):
@@ -92,14 +93,27 @@ class Transformer(nnx.Module):
   def predict_ahead(self, h_BLD, segments_BL, ahead_BPL):
     """Runs the MTP modules one after the other (Eq. 21-23)."""
     hidden, traffics = [], []
+    positions_L = jnp.arange(h_BLD.shape[1])
     for k in range(self.model.mtp.depth):
       module = jax.tree.map(lambda a, k=k: a[k], self.mtp)
       next_BL = ahead_BPL[:, k]
-      # Where token i + k is unknown the position is padding to this module.
-      known_BL = jnp.where(next_BL >= 0, segments_BL, 0)
+      # Module k + 1 has the first T - k - 1 positions (Eq. 22). The others, and
+      # those whose next token is unknown, are padding to it: in no load.
+      inside_L = positions_L < len(positions_L) - k - 1
+      known_BL = jnp.where(inside_L & (next_BL >= 0), segments_BL, 0)
       e_BLD = self.embedding(jnp.maximum(next_BL, 0))
       x_BLD, traffic = module(h_BLD, e_BLD, known_BL)
       hidden.append(module.norm(x_BLD))
       h_BLD = x_BLD if self.model.mtp.hidden == "before_norm" else hidden[-1]
       traffics.append(traffic)
     return hidden, jax.tree.map(lambda *a: jnp.stack(a), *traffics)
+
+
+def make_model(model: config.Model, key: jax.Array) -> Transformer:
+  """A Transformer with weights drawn from `key`."""
+  return Transformer(model, gemm=plain(model.dtype, model.moe.kernel), key=key)
+
+
+def split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+  """A model's structure, parameters and router biases."""
+  return nnx.split(model, nnx.Param, moe.RouterBias)

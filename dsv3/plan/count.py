@@ -4,11 +4,9 @@ import math
 from typing import NamedTuple
 
 import jax
-from flax import nnx
 
 from dsv3 import config
-from dsv3.nn.moe import RouterBias
-from dsv3.train import state
+from dsv3.nn.transformer import make_model, split
 
 
 class Parameters(NamedTuple):
@@ -24,8 +22,8 @@ class Parameters(NamedTuple):
 
 def parameters(model: config.Model) -> Parameters:
   """Counts of a model by abstract evaluation: exact at any size, no memory."""
-  built = jax.eval_shape(lambda: state.make_model(model, jax.random.key(0)))
-  _, params, router = nnx.split(built, nnx.Param, RouterBias)
+  built = jax.eval_shape(lambda: make_model(model, jax.random.key(0)))
+  _, params, router = split(built)
   by_part, main, mtp, idle = {}, 0, 0, 0
   for path, leaf in jax.tree_util.tree_leaves_with_path((params, router)):
     names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]

@@ -44,19 +44,15 @@ class Schedule:
 
   def batch_size(self, step: int) -> int:
     """Sequences of step `step`, on the host."""
-    return self.sizes[self._stage(step)]
+    return self.sizes[int(np.searchsorted(self.starts, step, side="right")) - 1]
 
   def first_sequence(self, step: int) -> int:
     """Sequences of all steps before `step`, on the host, exactly."""
-    j = self._stage(step)
-    return self.sequences[j] + (step - self.starts[j]) * self.sizes[j]
+    return _sequences((self.starts, self.sequences, self.sizes), step)
 
   def tokens(self, step: int) -> int:
     """Tokens of all steps before `step`, on the host, exactly."""
     return self.first_sequence(step) * self.seq_len
-
-  def _stage(self, step: int) -> int:
-    return int(np.searchsorted(self.starts, step, side="right")) - 1
 
   def __call__(self, step: jax.Array) -> Hyper:
     v = self.values
@@ -90,45 +86,52 @@ def learning_rate(
   fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(into_cosine, 0.0, 1.0)))
   lr = v.lr_end + (v.lr_peak - v.lr_end) * fall
   lr = jnp.where(tokens >= v.horizon_tokens - v.lr_last_tokens, v.lr_last, lr)
-  # Warm-up starts from zero; + 1 because an update of exactly zero is a waste.
-  warm = jnp.minimum((step + 1) / max(v.warmup_steps, 1), 1.0)
+  warm = jnp.minimum(step / max(v.warmup_steps, 1), 1.0)
   return (lr * warm).astype(jnp.float32)
 
 
 def make(values: config.Config) -> Schedule:
   """The schedule of a run, its length in steps included."""
-  v, seq_len = values.schedule, values.data.seq_len
-  if v.time == "tokens" or not values.train.steps:
-    starts, sequences, sizes = _ramp(v, seq_len, v.batch_ramp_tokens)
-    left = v.horizon_tokens / seq_len - sequences[-1]
-    steps = values.train.steps or starts[-1] + int(left / sizes[-1])
-    return Schedule(v, seq_len, steps, 1.0, starts, sequences, sizes)
-  steps = values.train.steps
-  ramp_share = v.batch_ramp_tokens / v.horizon_tokens
-  # Tokens of the run when every step had the full batch: an upper bound that
-  # is exact without a ramp; one more round lands within a stair of it.
-  total = steps * v.batch_size * seq_len
-  for _ in range(2):
-    starts, sequences, sizes = _ramp(v, seq_len, total * ramp_share)
-    made = sequences[-1] + max(steps - starts[-1], 0) * sizes[-1]
-    total = made * seq_len
-  stretch = v.horizon_tokens / total
-  return Schedule(v, seq_len, steps, stretch, starts, sequences, sizes)
+  v, train, seq_len = values.schedule, values.train, values.data.seq_len
+  if train.steps and v.time == "share":
+    # The ramp is a share of the run's tokens, which depend on the ramp. From
+    # an upper bound, two rounds land within a stair.
+    total = train.steps * v.batch_size * seq_len
+    for _ in range(2):
+      ramp = _ramp(v, seq_len, total / v.horizon_tokens)
+      total = _sequences(ramp, train.steps) * seq_len
+    stretch = v.horizon_tokens / total
+    return Schedule(v, seq_len, train.steps, stretch, *ramp)
+  shrink = 1.0 if v.time == "tokens" else train.tokens / v.horizon_tokens
+  starts, sequences, sizes = ramp = _ramp(v, seq_len, shrink)
+  left = train.tokens / seq_len - sequences[-1]
+  steps = train.steps or max(starts[-1] + int(left / sizes[-1]), 1)
+  return Schedule(v, seq_len, steps, 1 / shrink, *ramp)
 
 
-def _ramp(v: config.Schedule, seq_len: int, ramp_tokens: float):
-  """First step, sequences before and batch size of every stage."""
+def _sequences(ramp, step: int) -> int:
+  """Sequences before `step`."""
+  starts, sequences, sizes = ramp
+  j = int(np.searchsorted(starts, step, side="right")) - 1
+  return sequences[j] + (step - starts[j]) * sizes[j]
+
+
+def _ramp(v: config.Schedule, seq_len: int, shrink: float):
+  """First step, sequences before and batch size of every stage.
+
+  `shrink` is what the horizon's tokens are multiplied with.
+  """
+  ramp_tokens = v.batch_ramp_tokens * shrink
   if v.batch_size_start == v.batch_size or ramp_tokens <= 0:
     return (0,), (0,), (v.batch_size,)
-  n = v.batch_ramp_stages
-  climb = np.linspace(v.batch_size_start, v.batch_size, n + 1)[:-1]
-  step = v.batch_size_start  # sizes stay multiples of a divisor of both ends
-  unit = int(np.gcd(step, v.batch_size))
-  starts, sequences, sizes = [0], [0], []
-  for size in climb:
-    size = max(unit, int(size) // unit * unit)
-    steps = max(1, round(ramp_tokens / n / (size * seq_len)))
-    sizes.append(size)
+  sizes = np.linspace(
+    v.batch_size_start, v.batch_size, v.batch_ramp_stages, endpoint=False
+  ).astype(int)
+  starts, sequences = [0], [0]
+  for size in sizes:
+    stage_tokens = ramp_tokens / v.batch_ramp_stages
+    steps = max(1, round(stage_tokens / (size * seq_len)))
     starts.append(starts[-1] + steps)
-    sequences.append(sequences[-1] + steps * size)
-  return tuple(starts), tuple(sequences), (*sizes, v.batch_size)
+    sequences.append(sequences[-1] + steps * int(size))
+  sizes = (*(int(size) for size in sizes), v.batch_size)
+  return tuple(starts), tuple(sequences), sizes

@@ -6,9 +6,7 @@ import optax
 from flax import nnx, struct
 
 from dsv3 import config
-from dsv3.nn.moe import RouterBias
-from dsv3.nn.transformer import Transformer
-from dsv3.ops import gemm
+from dsv3.nn.transformer import make_model, split
 
 
 @struct.dataclass
@@ -21,18 +19,6 @@ class TrainState:
   router: nnx.State  # one bias row per router, the MTP module's included
   ema: nnx.State | None  # of params, or None
   skipped: jax.Array  # int32, updates left out in a row
-
-
-def make_model(model: config.Model, key: jax.Array) -> Transformer:
-  """A Transformer with weights drawn from `key`."""
-  return Transformer(
-    model, gemm=gemm.plain(model.dtype, model.moe.kernel), key=key
-  )
-
-
-def split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-  """A model's structure, parameters and router biases."""
-  return nnx.split(model, nnx.Param, RouterBias)
 
 
 def create(
