@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 KERNELS = ("auto", "naive", "flash")
 BLOCK = 128  # positions; measured on two AVX-512 cores at L 256, 512 and 4096
@@ -190,7 +191,9 @@ def _flash_forward(q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, scale):
 
   os, log_sums = lax.map(attend, (jnp.arange(len(qs)), qs, q_places))
   like_o = jax.ShapeDtypeStruct((*q_BLHX.shape[:3], v_BMHV.shape[3]), vs.dtype)
-  o_BLHV = _unblock(os, like_o)
+  # The names let recomputation of a block keep these and run no loop again.
+  o_BLHV = checkpoint_name(_unblock(os, like_o), "attention_out")
+  log_sums = checkpoint_name(log_sums, "attention_lse")
   args = q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM
   return o_BLHV, (*args, o_BLHV, log_sums)
 

@@ -74,7 +74,8 @@ def _product(a, b, dtype, dims_a, dims_b) -> jax.Array:
 
 
 def _grouped_dot(x_AI, w_EIO, load_E, *, dtype: str, kernel: str) -> jax.Array:
+  # The weights go in as they are: cast inside, their gradient stays float32.
   y_AO = grouped.grouped_matmul(
-    x_AI.astype(dtype), w_EIO.astype(dtype), load_E, kernel=kernel
+    x_AI.astype(dtype), w_EIO, load_E, kernel=kernel
   )
   return y_AO.astype(dtype)

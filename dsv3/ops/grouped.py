@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 KERNELS = ("auto", "dense", "tiles", "ragged", "tokamax")
-TILE = 256  # rows; measured on two AVX-512 cores with D 256 and 512, F 192
+TILES = (256, 64)  # rows, large then small; measured with F 192, D 256 and 512
 
 
 def grouped_matmul(
@@ -34,9 +34,10 @@ def grouped_matmul(
 
   Args:
     x_AI: rows, those of expert 0 first, then those of expert 1, and so on.
-    w_EIO: one matrix an expert, of the rows' dtype.
+    w_EIO: one matrix an expert; it multiplies in the rows' dtype.
     load_E: int32 rows of every expert. Rows past their sum give zeros.
-    kernel: one of `KERNELS`; "auto" takes the fast one of the platform.
+    kernel: one of `KERNELS`; "auto" takes the fast one of the platform that the
+      program is compiled for.
     out_dtype: of the result; products always accumulate in float32.
 
   Returns:
@@ -52,15 +53,15 @@ def grouped_matmul(
   [[2.0], [20.0], [0.0]]
   """
   if kernel == "auto":
-    kernel = _fastest_here()
-  if kernel == "dense":
+    y_AO = lax.platform_dependent(
+      x_AI, w_EIO, load_E, cpu=_tiles, cuda=_on_gpu(), default=_ragged
+    )
+  elif kernel == "dense":
     y_AO = _dense(x_AI, w_EIO, load_E)
   elif kernel == "tiles":
     y_AO = _tiles(x_AI, w_EIO, load_E)
   elif kernel == "ragged":
-    y_AO = lax.ragged_dot(
-      x_AI, w_EIO, load_E, preferred_element_type=jnp.float32
-    )
+    y_AO = _ragged(x_AI, w_EIO, load_E)
   elif kernel == "tokamax":
     y_AO = _tokamax(x_AI, w_EIO, load_E)
   else:
@@ -71,29 +72,46 @@ def grouped_matmul(
 
 
 @functools.cache
-def _fastest_here() -> str:
-  platform = jax.default_backend()
-  if platform == "cpu":
-    return "tiles"
-  if platform == "gpu":
-    if importlib.util.find_spec("tokamax"):
-      return "tokamax"
-    logging.warning(
-      "grouped_matmul: tokamax is not installed, so the GPU runs ragged_dot, "
-      "which multiplies every row by every expert"
-    )
-  return "ragged"
+def _on_gpu():
+  """Every platform's kernel is traced, so only a GPU host asks for tokamax."""
+  if jax.default_backend() != "gpu":
+    return _ragged
+  if importlib.util.find_spec("tokamax"):
+    return _tokamax
+  logging.warning(
+    "grouped_matmul: tokamax is not installed, so the GPU runs ragged_dot, "
+    "which multiplies every row by every expert"
+  )
+  return _ragged
+
+
+def _precision(x):
+  """float32 means it: GPUs and TPUs would shorten such operands."""
+  return "highest" if x.dtype == jnp.float32 else None
 
 
 def _dense(x_AI, w_EIO, load_E):
-  expert_A = jnp.searchsorted(
-    jnp.cumsum(load_E), jnp.arange(len(x_AI)), side="right"
-  )
-  mine_AE = jax.nn.one_hot(expert_A, len(load_E), dtype=x_AI.dtype)
+  end_E = jnp.cumsum(load_E)
+  row_A1 = jnp.arange(len(x_AI))[:, None]
+  mine_AE = (row_A1 >= end_E - load_E) & (row_A1 < end_E)
   y_AEO = jnp.einsum(
-    "AI,EIO->AEO", x_AI, w_EIO, preferred_element_type=jnp.float32
+    "AI,EIO->AEO",
+    x_AI,
+    w_EIO.astype(x_AI.dtype),
+    precision=_precision(x_AI),
+    preferred_element_type=jnp.float32,
   )
-  return jnp.einsum("AE,AEO->AO", mine_AE, y_AEO)
+  return jnp.where(mine_AE[..., None], y_AEO, 0).sum(axis=1)
+
+
+def _ragged(x_AI, w_EIO, load_E):
+  return lax.ragged_dot(
+    x_AI,
+    w_EIO.astype(x_AI.dtype),
+    load_E,
+    precision=_precision(x_AI),
+    preferred_element_type=jnp.float32,
+  )
 
 
 def _tokamax(x_AI, w_EIO, load_E):
@@ -104,88 +122,109 @@ def _tokamax(x_AI, w_EIO, load_E):
       "grouped_matmul: kernel 'tokamax' needs the package: pip install tokamax"
     ) from error
   y_AO = tokamax.ragged_dot(
-    x_AI, w_EIO, load_E, preferred_element_type=jnp.float32
+    x_AI,
+    w_EIO.astype(x_AI.dtype),
+    group_sizes=load_E,
+    precision=_precision(x_AI),
+    preferred_element_type=jnp.float32,
   )
   past_A = jnp.arange(len(x_AI)) >= jnp.sum(load_E)
   return jnp.where(past_A[:, None], 0, y_AO)
 
 
-# The tile kernel. A visit is one tile: at most TILE rows of one expert. The
-# number of visits is dynamic, so an expert without rows costs nothing.
+# The tile kernel. An expert's rows go in large tiles while they last, then in
+# small ones: large tiles use the cores well, small ones waste few rows. The
+# trip counts are dynamic, so an expert without rows costs nothing.
 
 
-def _visits(load_E, n_rows):
-  """Expert, first row and end row of every visit, and how many there are."""
-  end_E = jnp.cumsum(load_E)
-  last_visit_E = jnp.cumsum(-(-load_E // TILE))
-  most = -(-n_rows // TILE) + len(load_E)
-  visit = jnp.arange(most)
-  expert = jnp.searchsorted(last_visit_E, visit, side="right")
-  expert = jnp.minimum(expert, len(load_E) - 1)
-  behind = last_visit_E[expert] - visit  # visits of this expert from here on
-  tiles = -(-load_E[expert] // TILE)
-  start = end_E[expert] - load_E[expert] + (tiles - behind) * TILE
-  return expert, start, end_E[expert], last_visit_E[-1]
+def _over_tiles(step, carry, first, load, n_rows):
+  """Calls step(carry, row, size, mine) for every tile of one expert.
+
+  The tile is rows row .. row + size of all; `mine` masks the expert's own among
+  them, or is None where all are.
+  """
+  large, small = (min(size, n_rows) for size in TILES)
+  n_large = load // large
+  rest, end = first + n_large * large, first + load
+
+  def large_step(i, carry):
+    return step(carry, first + i * large, large, None)
+
+  def small_step(i, carry):
+    wanted = rest + i * small
+    row = jnp.minimum(wanted, n_rows - small)  # the last tile must fit
+    rows = row + jnp.arange(small)
+    return step(carry, row, small, (rows >= wanted) & (rows < end))
+
+  carry = lax.fori_loop(0, n_large, large_step, carry)
+  return lax.fori_loop(0, -(-(end - rest) // small), small_step, carry)
 
 
-def _read(x_AI, start, end):
-  """The tile's rows, zeros where they belong to the next expert."""
-  rows = lax.dynamic_slice_in_dim(x_AI, start, TILE)
-  mine = start + jnp.arange(TILE) < end
-  return jnp.where(mine[:, None], rows, 0)
+def _read(x_AI, row, size):
+  return lax.dynamic_slice_in_dim(x_AI, row, size)
 
 
-def _write(y_AO, rows, start):
-  """Ascending visits repair the overhang of the tile before."""
-  return lax.dynamic_update_slice_in_dim(
-    y_AO, rows.astype(y_AO.dtype), start, 0
-  )
+def _write(y_AO, tile, row, mine):
+  tile = tile.astype(y_AO.dtype)
+  if mine is not None:
+    tile = jnp.where(mine[:, None], tile, _read(y_AO, row, len(tile)))
+  return lax.dynamic_update_slice_in_dim(y_AO, tile, row, 0)
 
 
-def _dot(a, b, contract):
+def _dot(a, b, dims_a, dims_b):
   return lax.dot_general(
-    a, b, (contract, ((), ())), preferred_element_type=jnp.float32
+    a,
+    b,
+    ((dims_a, dims_b), ((), ())),
+    precision=_precision(a),
+    preferred_element_type=jnp.float32,
   )
-
-
-def _pad(x_AI):
-  return jnp.pad(x_AI, ((0, TILE), (0, 0)))  # room for the last overhang
 
 
 @jax.custom_vjp
 def _tiles(x_AI, w_EIO, load_E):
-  expert, start, end, n = _visits(load_E, len(x_AI))
-  padded_AI = _pad(x_AI)
+  def of_expert(y_AO, expert):
+    w_IO, first, load = expert
+    w_IO = w_IO.astype(x_AI.dtype)
 
-  def visit(i, y_AO):
-    rows = _read(padded_AI, start[i], end[i])
-    return _write(y_AO, _dot(rows, w_EIO[expert[i]], ((1,), (0,))), start[i])
+    def step(y_AO, row, size, mine):
+      y_tile = _dot(_read(x_AI, row, size), w_IO, (1,), (0,))
+      return _write(y_AO, y_tile, row, mine)
 
-  y_AO = jnp.zeros((len(padded_AI), w_EIO.shape[2]), jnp.float32)
-  return lax.fori_loop(0, n, visit, y_AO)[: len(x_AI)]
+    return _over_tiles(step, y_AO, first, load, len(x_AI)), None
+
+  y_AO = jnp.zeros((len(x_AI), w_EIO.shape[2]), jnp.float32)
+  experts = w_EIO, jnp.cumsum(load_E) - load_E, load_E
+  return lax.scan(of_expert, y_AO, experts)[0]
 
 
-def _tiles_fwd(x_AI, w_EIO, load_E):
+def _tiles_forward(x_AI, w_EIO, load_E):
   return _tiles(x_AI, w_EIO, load_E), (x_AI, w_EIO, load_E)
 
 
-def _tiles_bwd(saved, dy_AO):
+def _tiles_backward(saved, dy_AO):
   x_AI, w_EIO, load_E = saved
-  expert, start, end, n = _visits(load_E, len(x_AI))
-  padded_AI, dy_AO = _pad(x_AI), _pad(dy_AO.astype(x_AI.dtype))
+  dy_AO = dy_AO.astype(x_AI.dtype)
 
-  def visit(i, gradients):
-    dx_AI, dw_EIO = gradients
-    e, x_rows = expert[i], _read(padded_AI, start[i], end[i])
-    dy_rows = _read(dy_AO, start[i], end[i])
-    dx_AI = _write(dx_AI, _dot(dy_rows, w_EIO[e], ((1,), (1,))), start[i])
-    return dx_AI, dw_EIO.at[e].add(_dot(x_rows, dy_rows, ((0,), (0,))))
+  def of_expert(dx_AI, expert):
+    w_IO, first, load = expert
+    w_IO = w_IO.astype(x_AI.dtype)
 
-  dw_EIO = jnp.zeros(w_EIO.shape, jnp.float32)
-  dx_AI, dw_EIO = lax.fori_loop(
-    0, n, visit, (jnp.zeros_like(padded_AI), dw_EIO)
-  )
-  return dx_AI[: len(x_AI)], dw_EIO.astype(w_EIO.dtype), None
+    def step(carry, row, size, mine):
+      dx_AI, dw_IO = carry
+      dy_tile = _read(dy_AO, row, size)
+      if mine is not None:
+        dy_tile = jnp.where(mine[:, None], dy_tile, 0)
+      dw_IO += _dot(_read(x_AI, row, size), dy_tile, (0,), (0,))
+      dx_tile = _dot(dy_tile, w_IO, (1,), (1,))
+      return _write(dx_AI, dx_tile, row, mine), dw_IO
+
+    carry = dx_AI, jnp.zeros(w_IO.shape, jnp.float32)
+    dx_AI, dw_IO = _over_tiles(step, carry, first, load, len(x_AI))
+    return dx_AI, dw_IO.astype(w_EIO.dtype)
+
+  experts = w_EIO, jnp.cumsum(load_E) - load_E, load_E
+  return *lax.scan(of_expert, jnp.zeros_like(x_AI), experts), None
 
 
-_tiles.defvjp(_tiles_fwd, _tiles_bwd)
+_tiles.defvjp(_tiles_forward, _tiles_backward)
