@@ -30,6 +30,7 @@ DIFF = {
   "model.moe.top_groups": 2,
   "data.tokenizer": "bytes",
   "data.seq_len": 256,
+  "data.heldout": 0.02,
   "data.fim_rate": 0.0,
   "data.split_rate": 0.0,
   "optimizer.moment_dtype": "float32",

@@ -16,7 +16,10 @@ def weight(key: jax.Array, shape: Sequence[int], std: float) -> nnx.Param:
 
 
 class RmsNorm(nnx.Module):
-  """Root-mean-square norm with a gain, in float32."""
+  """Root-mean-square norm with a gain, in float32.
+
+  Departs: gains start at 1; Sec. 4.2 draws all learnable parameters at random.
+  """
 
   def __init__(self, dim: int, eps: float):
     self.gain = nnx.Param(jnp.ones(dim, jnp.float32))

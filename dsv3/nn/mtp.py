@@ -15,6 +15,8 @@ class MtpModule(nnx.Module):
 
   Embedding and output head are the main model's (Sec. 2.2) and not held here.
   `norm` is the module's own final norm, before that head.
+
+  Departs: Eq. 23 has no norm before the head; the released weights have one.
   """
 
   def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):

@@ -91,7 +91,11 @@ class Transformer(nnx.Module):
     return Output(tuple(hidden), traffic)
 
   def predict_ahead(self, h_BLD, segments_BL, ahead_BPL):
-    """Runs the MTP modules one after the other (Eq. 21-23)."""
+    """Runs the MTP modules one after the other (Eq. 21-23).
+
+    Departs: what module k takes from depth k - 1 is unpublished. By default it
+    is the state after that depth's final norm, as inference engines feed it.
+    """
     hidden, traffics = [], []
     positions_L = jnp.arange(h_BLD.shape[1])
     for k in range(self.model.mtp.depth):

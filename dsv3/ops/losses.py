@@ -52,10 +52,11 @@ def terms(
 ) -> dict[str, jax.Array]:
   """The sums of a microbatch, by name.
 
-  `token_losses` are the main model's and each MTP depth's. Balance losses are
-  summed over layers: the report leaves open whether to sum or to average, and
-  the sum keeps the meaning of alpha when layers are added. `total_XE` is the
+  `token_losses` are the main model's and each MTP depth's. `total_XE` is the
   count of the whole global batch, for the batch-wise loss (Sec. 4.5.3).
+
+  Departs: the report does not say how Eq. 17 of many layers is joined; we sum
+  over layers, MTP's included, so that alpha means the same at any depth.
   """
   main, *ahead = token_losses
   sums = {"main": main.cross_entropy, "z": main.log_z_squared}

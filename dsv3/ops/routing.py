@@ -45,6 +45,9 @@ def limit_groups(
   A group's score is the sum of its two best experts ("top2", V3) or its best
   one ("max", V2). The mask is -inf, not zero: biased scores can be negative.
 
+  Departs: the scores come in with the bias, as in the released code; the report
+  speaks of affinities.
+
   >>> limit_groups(jnp.array([[.9, .1, .6, .5]]), n_groups=2, top_groups=1,
   ...              group_score="top2").tolist()
   [[-inf, -inf, 0.6000000238418579, 0.5]]
@@ -80,6 +83,9 @@ def route(
   the affinities without it (Eq. 16). Chosen gates are divided by their sum if
   `normalize` (Eq. 13), then multiplied by `routed_scale`. Of equal scores the
   lower expert index wins.
+
+  Departs: Eq. 13 has no scale; the released code multiplies by 2.5. We
+  add 1e-20 to the denominator, for sigmoids that all underflow.
   """
   affinity_TE = affinity(u_TD, centroid_ED, gate)
   choice_TE = affinity_TE if bias_E is None else affinity_TE + bias_E

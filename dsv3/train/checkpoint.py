@@ -13,7 +13,9 @@ Orbax writes to a folder of another name and renames it, so a killed save
 leaves no checkpoint rather than half of one.
 """
 
+import gc
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,20 +63,22 @@ class Checkpoints:
   def __init__(
     self, folder: pathlib.Path, *, kept: int = 1, read_only: bool = False
   ):
-    policies = [
-      checkpoint_managers.LatestN(kept),
-      checkpoint_managers.BestN(
-        get_metric_fn=lambda metrics: metrics["bits_per_byte"],
-        reverse=True,
-        n=1,
-        keep_checkpoints_without_metrics=False,
-      ),
-    ]
+    score = lambda metrics: metrics["bits_per_byte"]
+    best = checkpoint_managers.BestN(
+      get_metric_fn=score,
+      reverse=True,
+      n=1,
+      keep_checkpoints_without_metrics=False,
+    )
+    policies = [checkpoint_managers.LatestN(kept), best]
     self.folder = pathlib.Path(folder).resolve()
     options = ocp.CheckpointManagerOptions(
+      best_fn=score,  # without it Orbax leaves the metrics out of the folder
+      best_mode="min",
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
       read_only=read_only,
       create=not read_only,
+      cleanup_tmp_directories=not read_only,  # of saves that were killed
     )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -135,6 +139,7 @@ class Checkpoints:
       except CheckpointError:
         raise
       except Exception as error:  # Orbax and TensorStore raise many kinds
+        _forget(error)
         reason = str(error).strip().split("\n")[0][:120]
         failures.append(f"{self.folder / str(step)} ({reason})")
         tell(f"damaged checkpoint: {failures[-1]}; trying the one before")
@@ -176,6 +181,17 @@ def abstract(trees: Trees, *, on_host: tuple[str, ...] = ()) -> Trees:
     item: jax.tree.map(lambda x, item=item: leaf(x, item in on_host), tree)
     for item, tree in trees.items()
   }
+
+
+def _forget(error: Exception) -> None:
+  """Drops what a failed read left behind without a page of text on stderr.
+
+  Orbax's unfinished reads raise when they are collected.
+  """
+  error.__traceback__ = error.__context__ = error.__cause__ = None
+  report, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  gc.collect()
+  sys.unraisablehook = report
 
 
 def _names(path) -> list[str]:

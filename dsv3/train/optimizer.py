@@ -56,6 +56,8 @@ def decay_mask(params) -> optax.Params:
   """True for matrices, False for the gains of norms (unpublished; ours).
 
   By name: layers are stacked, so a gain is an array of two dims as well.
+
+  Departs: the report does not say that gains are spared from the decay.
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, _: "gain" not in jax.tree_util.keystr(path), params

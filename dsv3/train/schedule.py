@@ -95,9 +95,9 @@ def make(values: config.Config) -> Schedule:
   v, train, seq_len = values.schedule, values.train, values.data.seq_len
   if train.steps and v.time == "share":
     # The ramp is a share of the run's tokens, which depend on the ramp. From
-    # an upper bound, two rounds land within a stair.
+    # an upper bound, a few rounds land within a stair.
     total = train.steps * v.batch_size * seq_len
-    for _ in range(2):
+    for _ in range(8):
       ramp = _ramp(v, seq_len, total / v.horizon_tokens)
       total = _sequences(ramp, train.steps) * seq_len
     stretch = v.horizon_tokens / total

@@ -1,0 +1,172 @@
+"""The `dsv3` command.
+
+Sub-commands are in `dsv3.commands`, imported after the arguments are read:
+`--help` does not wait for JAX. An error of the user's input is one line and
+exit code 2, a run that failed is one line and exit code 1.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+_OVERRIDES = """\
+any key of the config can be set:  --config.train.steps=2000
+  --config.schedule.lr_peak=1e-3  --config.data.sources=notes.txt,~/src
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+  """argparse, with errors of one line."""
+
+  def error(self, message: str):
+    self.exit(2, f"dsv3: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+  top = _Parser(
+    prog="dsv3",
+    description="DeepSeek-V3 for research: train, look, compare.",
+    allow_abbrev=False,
+  )
+  commands = top.add_subparsers(
+    dest="command", metavar="COMMAND", required=True
+  )
+
+  def add(name: str, text: str, *, config: bool = False, **kwargs):
+    command = commands.add_parser(
+      name,
+      help=text,
+      description=text,
+      allow_abbrev=False,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      epilog=_OVERRIDES if config else None,
+    )
+    if config:
+      command.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a file, or the name of one in configs/",
+      )
+    return command
+
+  train = add("train", "train a model, or go on where it stopped", config=True)
+  train.add_argument(
+    "--workdir", metavar="DIR", help="the run folder [runs/NAME of the config]"
+  )
+  train.add_argument(
+    "--print_config", action="store_true", help="print the config and stop"
+  )
+
+  evaluate = add("eval", "bits per byte and expert balance on held-out text")
+  _add_run(evaluate)
+  evaluate.add_argument(
+    "--batches", type=_count, metavar="N", help="[train.eval_batches]"
+  )
+
+  sample = add("sample", "write on from a prompt")
+  _add_run(sample)
+  sample.add_argument("--prompt", required=True, metavar="TEXT")
+  sample.add_argument("--tokens", type=_count, default=200, metavar="N")
+  sample.add_argument(
+    "--temperature", type=_share, default=0.8, help="0: the likeliest [0.8]"
+  )
+  sample.add_argument(
+    "--top_p", type=_share, default=0.95, help="share to draw from [0.95]"
+  )
+  sample.add_argument("--seed", type=int, default=0, help="[0]")
+
+  data = add("data", "the documents and tokens that a step reads", config=True)
+  data.add_argument(
+    "--step", type=_count, required=True, metavar="N", help="the first is 1"
+  )
+  data.add_argument("--rows", type=_count, default=4, metavar="N", help="[4]")
+
+  add("diff-paper", "where a config departs from the report", config=True)
+  add("params", "parameters of a config, by part, and FLOPs", config=True)
+
+  tokenizer = add("tokenizer", "train a BPE tokenizer on the data", config=True)
+  tokenizer.add_argument(
+    "--vocab_size", type=_count, required=True, metavar="N"
+  )
+  tokenizer.add_argument("--out", required=True, metavar="FILE")
+  return top
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+  command.add_argument("--workdir", required=True, metavar="DIR")
+  command.add_argument(
+    "--step", type=_count, metavar="N", help="a checkpoint [the newest]"
+  )
+  command.add_argument(
+    "--ema", action="store_true", help="use the moving average of the weights"
+  )
+
+
+def _count(text: str) -> int:
+  if not text.isdigit() or int(text) == 0:
+    raise argparse.ArgumentTypeError(f"found {text}, wanted 1 or more")
+  return int(text)
+
+
+def _share(text: str) -> float:
+  try:
+    value = float(text)
+  except ValueError:
+    value = -1.0
+  if not value >= 0:
+    raise argparse.ArgumentTypeError(f"found {text}, wanted 0 or more")
+  return value
+
+
+def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Ordinary arguments, and the `key=value` of every `--config.key=value`."""
+  rest, overrides = [], []
+  words = iter(words)
+  for word in words:
+    if not word.startswith("--config."):
+      rest.append(word)
+      continue
+    key = word.removeprefix("--config.")
+    overrides.append(key if "=" in key else f"{key}={next(words, '')}")
+  return rest, overrides
+
+
+def main(words: Sequence[str] | None = None) -> int:
+  """Runs a command line; returns its exit code."""
+  rest, overrides = _split_overrides(sys.argv[1:] if words is None else words)
+  arguments = _parser().parse_args(rest)
+  arguments.overrides = tuple(overrides)
+  if overrides and not hasattr(arguments, "config"):
+    return _fail(f"{arguments.command} takes no --config.{overrides[0]}", 2)
+  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells its steps
+
+  from dsv3 import commands
+  from dsv3.config import ConfigError
+  from dsv3.train.checkpoint import CheckpointError
+  from dsv3.train.loop import RunFailed
+
+  try:
+    return commands.COMMANDS[arguments.command](arguments) or 0
+  except ConfigError as error:
+    return _fail(error, 2)
+  except BrokenPipeError:  # the reader, `head` for one, has had enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+  except (RunFailed, CheckpointError, OSError) as error:
+    return _fail(error, 1)
+  except KeyboardInterrupt:
+    print("dsv3: stopped at once", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(130)  # not waiting for a save: what is half saved does not count
+
+
+def _fail(error: object, code: int) -> int:
+  print(f"dsv3: error: {error}", file=sys.stderr)
+  return code
+
+
+if __name__ == "__main__":
+  sys.exit(main())

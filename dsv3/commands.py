@@ -1,0 +1,221 @@
+"""What the sub-commands of `dsv3` do; their arguments are in `dsv3.cli`."""
+
+import argparse
+import pathlib
+import signal
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from dsv3 import config, overlay
+from dsv3.cache import use_compilation_cache
+from dsv3.config import ConfigError
+from dsv3.data import batches, bpe, tokenizer
+from dsv3.eval import bpb
+from dsv3.infer.sample import generate
+from dsv3.plan import count
+from dsv3.train import feed, loop, run, schedule
+from dsv3.train.restore import Trained, restore
+
+
+def _values(arguments: argparse.Namespace) -> ConfigDict:
+  """The config a command line asks for: --config, or that of the run."""
+  if arguments.config:
+    return overlay.load(arguments.config, arguments.overrides)
+  workdir = getattr(arguments, "workdir", None)
+  if not workdir:
+    raise ConfigError("--config: missing; for example --config=tiny")
+  values = run.as_tree(run.stored_config(workdir))
+  return overlay.overlay(values, overlay.parse(values, arguments.overrides))
+
+
+def _tokenizer(values: config.Config) -> tokenizer.Tokenizer:
+  return tokenizer.load(values.data.tokenizer, values.model.vocab_size)
+
+
+def train(arguments: argparse.Namespace) -> int:
+  """Trains; 0 at the end, 128 + n after signal n."""
+  tree = _values(arguments)
+  if arguments.print_config:
+    print(tree)
+    return 0
+  values = config.build(tree)
+  workdir = pathlib.Path(arguments.workdir or f"runs/{values.name}")
+  given = run.Given(arguments.config, arguments.overrides, run.command_line())
+  outcome = loop.train(values, workdir, given)
+  again = f"dsv3 train --workdir={workdir}"
+  if outcome.signum:
+    name = signal.Signals(outcome.signum).name
+    print(f"{name}: stopped after step {outcome.step}; go on with\n  {again}")
+    return 128 + outcome.signum
+  _summary(outcome, values)
+  print(f"""
+The run is in {workdir}. Next:
+  {again} --config.train.steps={2 * outcome.steps}
+  dsv3 sample --workdir={workdir} --prompt='def '
+  dsv3 eval --workdir={workdir}
+  tensorboard --logdir={workdir}""")
+  return 0
+
+
+def _summary(outcome: loop.Outcome, values: config.Config) -> None:
+  print(f"\n{outcome.step} of {outcome.steps} steps done.")
+  if outcome.score is None:
+    return
+  rival = bpb.gzip_bits_per_byte(feed.heldout(values), _tokenizer(values))
+  print(f"held-out bits per byte  {outcome.score.bits_per_byte:.3f}")
+  print(f"gzip -9, the same text  {rival:.3f}")
+  if outcome.max_vio is not None:
+    print(
+      f"MaxVio, last batch      {outcome.max_vio:.3f}\n"
+      f"MaxVio, held-out text   {outcome.score.max_vio:.3f}"
+    )
+  prompt = "def "
+  trained = restore(outcome.workdir)
+  print(f"\na sample, from {prompt!r}:\n")
+  _write(trained, prompt, n_tokens=200)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+  """Held-out score of a checkpoint."""
+  use_compilation_cache()
+  trained = restore(arguments.workdir, arguments.step, ema=arguments.ema)
+  score = bpb.score(
+    trained.graphdef,
+    trained.params,
+    trained.router,
+    feed.heldout(trained.values, arguments.batches),
+    _tokenizer(trained.values),
+  )
+  print(f"{arguments.workdir}, step {trained.step}, held-out text:")
+  print(f"  bits per byte        {score.bits_per_byte:.4f}")
+  print(f"  loss, nats a token   {score.loss:.4f}")
+  print(f"  tokens               {score.tokens:,} of {score.bytes:,} bytes")
+  print(f"  MaxVio, all batches  {score.max_vio:.3f}")
+  print(f"  MaxVio, a batch      {score.max_vio_batch:.3f}")
+
+
+def sample(arguments: argparse.Namespace) -> None:
+  """Text that goes on from a prompt, as it is drawn."""
+  use_compilation_cache()
+  trained = restore(arguments.workdir, arguments.step, ema=arguments.ema)
+  _write(
+    trained,
+    arguments.prompt,
+    n_tokens=arguments.tokens,
+    temperature=arguments.temperature,
+    top_p=arguments.top_p,
+    seed=arguments.seed,
+  )
+
+
+def _write(
+  trained: Trained,
+  prompt: str,
+  *,
+  n_tokens: int,
+  temperature: float = 0.8,
+  top_p: float = 0.95,
+  seed: int = 0,
+) -> None:
+  """Prints the prompt and what follows, up to the end of the document."""
+  tokens = _tokenizer(trained.values)
+  # A document of the training data follows the end of the one before it.
+  ids = generate(
+    trained.model,
+    [tokens.eos_id, *tokens.encode(prompt)],
+    n_tokens,
+    length=trained.values.data.seq_len,
+    temperature=temperature,
+    top_p=top_p,
+    seed=seed,
+  )
+  print(prompt, end="", flush=True)
+  for text in _stream(ids, tokens):
+    print(text, end="", flush=True)
+  print()
+
+
+def _stream(ids: Iterator[int], tokens) -> Iterator[str]:
+  """Text of tokens as they come; a character in pieces waits for its end."""
+  seen, shown = [], 0
+  for token in ids:
+    if token == tokens.eos_id:
+      break
+    seen.append(token)
+    text = tokens.decode(seen)
+    if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+      yield text[shown:]
+      shown = len(text)
+  yield tokens.decode(seen)[shown:]
+
+
+def data(arguments: argparse.Namespace) -> None:
+  """The rows that a step reads: their documents and their text."""
+  values = config.build(_values(arguments))
+  plan = schedule.make(values)
+  first = plan.first_sequence(arguments.step - 1)
+  size = plan.batch_size(arguments.step - 1)
+  source = batches.Batches(values, values.train.seed)
+  print(
+    f"step {arguments.step}: rows {first:,} to {first + size - 1:,} of "
+    f"{values.data.seq_len} tokens"
+  )
+  for row in source.describe(first, min(size, arguments.rows)):
+    print(f"\n=== row {row.row:,}: {row.source}, epoch {row.epoch}")
+    for name, span in row.spans:
+      fim = ", fill in the middle" if span.in_fim else ""
+      print(f"--- {name}: tokens {span.begin:,} to {span.end:,}{fim}")
+    print(row.text)
+
+
+def diff_paper(arguments: argparse.Namespace) -> None:
+  """Table of all keys where a config departs from the report."""
+  paper = overlay.load("v3_671b")
+  pairs = overlay.difference(paper, _values(arguments))
+  rows = [("key", "paper", "this config")]
+  rows += [(key, str(a), str(b)) for key, (a, b) in pairs.items()]
+  widths = [max(len(row[i]) for row in rows) for i in range(3)]
+  for row in rows:
+    print("  ".join(f"{x:<{w}}" for x, w in zip(row, widths)).rstrip())
+  print(f"{len(pairs)} departures")
+
+
+def params(arguments: argparse.Namespace) -> None:
+  """Exact parameter counts, without memory, and FLOPs of training."""
+  values = config.build(_values(arguments))
+  found = count.parameters(values.model)
+  flops = count.flops_per_token(values.model, values.data.seq_len)
+  lines = {f"  {part}": n for part, n in found.by_part.items()}
+  lines |= {
+    "main model": found.main,
+    "MTP modules": found.mtp,
+    "active": found.active,
+    "active, no embedding": found.active_head,
+    "active, no embedding or head": found.active_body,
+  }
+  for name, n in lines.items():
+    print(f"{name:<30}{n:>20,}")
+  print(f"training FLOPs a token, {values.data.seq_len} positions: {flops:.4g}")
+
+
+def train_tokenizer(arguments: argparse.Namespace) -> None:
+  """Trains a BPE tokenizer on the training split of a config's sources."""
+  values = _values(arguments)
+  # The text is read as bytes, whatever tokenizer the config will use.
+  reading = {"data.tokenizer": "bytes", "data.fim_rate": 0.0}
+  overlay.overlay(values, reading)
+  source = batches.Batches(config.build(values), values.train.seed)
+  bpe.train_bpe(source.texts(), arguments.vocab_size, arguments.out)
+  print(f"{arguments.out}: use it with --config.data.tokenizer={arguments.out}")
+
+
+COMMANDS = {
+  "train": train,
+  "eval": evaluate,
+  "sample": sample,
+  "data": data,
+  "diff-paper": diff_paper,
+  "params": params,
+  "tokenizer": train_tokenizer,
+}

@@ -1,0 +1,83 @@
+"""Held-out text: bits per byte, and how evenly the experts share it.
+
+Bits per byte compare models of any tokenizer, and a compressor such as gzip:
+the cross-entropy of all label tokens over the UTF-8 bytes of their text.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsv3.data.rival import compressed_bpb
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.ops import balance
+from dsv3.ops.cross_entropy import cross_entropy
+
+
+class Score(NamedTuple):
+  """Of the main model on held-out text; MTP modules are not asked."""
+
+  bits_per_byte: float
+  loss: float  # nats a token
+  tokens: int
+  bytes: int
+  max_vio: float  # mean over layers, of the load of all batches together
+  max_vio_batch: float  # mean over layers and batches
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _sums(params, router, batch, *, graphdef):
+  """Cross-entropy, labels and load of every MoE layer in a batch."""
+  model = nnx.merge(graphdef, params, router)
+  out = model(batch.tokens_BL, batch.segments_BL)
+  labels_BL = batch.labels_BPL[:, 0]
+  loss = cross_entropy(out.hidden[0], model.head[...], labels_BL)
+  return loss.cross_entropy, (labels_BL >= 0).sum(), out.traffic.load
+
+
+def score(
+  graphdef: nnx.GraphDef,
+  params: nnx.State,
+  router: nnx.State,
+  batches: Iterable,
+  tokens: Tokenizer,
+) -> Score:
+  """The model's Score on `batches` (of `dsv3.train.step.Batch`)."""
+  nats, n_labels, n_bytes, loads = 0.0, 0, 0, []
+  for batch in batches:
+    sums = _sums(params, router, batch, graphdef=graphdef)
+    labels_BL = np.asarray(batch.labels_BPL)[:, 0]
+    n_bytes += tokens.token_bytes(labels_BL[labels_BL >= 0])
+    batch_nats, batch_labels, load_XE = jax.device_get(sums)
+    nats += float(batch_nats)
+    n_labels += int(batch_labels)
+    loads.append(load_XE.astype(np.int64))
+  return Score(
+    bits_per_byte=nats / math.log(2) / max(n_bytes, 1),
+    loss=nats / max(n_labels, 1),
+    tokens=n_labels,
+    bytes=n_bytes,
+    max_vio=_max_vio(sum(loads)),
+    max_vio_batch=float(np.mean([_max_vio(load) for load in loads])),
+  )
+
+
+def _max_vio(load_XE: np.ndarray) -> float:
+  """Mean over layers; 0 for a model without experts."""
+  if not load_XE.shape[0]:
+    return 0.0
+  return float(balance.max_violation(load_XE).mean())
+
+
+def gzip_bits_per_byte(batches: Iterable, tokens: Tokenizer) -> float:
+  """Bits per byte of `gzip -9` on the text that `score` reads."""
+  return compressed_bpb(
+    tokens.decode(labels_L[(labels_L >= 0) & (labels_L != tokens.eos_id)])
+    for batch in batches
+    for labels_L in batch.labels_BPL[:, 0]
+  )

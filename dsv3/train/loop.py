@@ -1,0 +1,303 @@
+"""A run from its first step to its last, or from where it stopped.
+
+Everything around the jitted step: data ahead of it, numbers out of it, held-out
+text, checkpoints, and every way to stop. What can be wrong with a config, the
+data or the folder is found before anything is compiled.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from dsv3 import config
+from dsv3.cache import use_compilation_cache
+from dsv3.data.batches import Batches
+from dsv3.data.prefetch import prefetch
+from dsv3.eval import bpb
+from dsv3.plan import count
+from dsv3.train import feed, optimizer, run, schedule, state
+from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
+from dsv3.train.clock import Clock
+from dsv3.train.ema import HostEma
+from dsv3.train.interrupt import Interrupts
+from dsv3.train.logs import MetricsLog, Progress
+from dsv3.train.step import train_step
+
+
+class RunFailed(RuntimeError):
+  """A run that cannot go on: one line, with what is left of it."""
+
+
+@dataclasses.dataclass
+class Outcome:
+  """How a call of `train` ended."""
+
+  workdir: pathlib.Path
+  step: int  # steps done in all
+  steps: int  # steps wanted
+  signum: int | None  # the signal that stopped it
+  score: bpb.Score | None  # on held-out text, at `step`
+  max_vio: float | None  # of the last batch
+
+
+def train(
+  values: config.Config,
+  workdir: str | pathlib.Path,
+  given: run.Given = run.Given(),
+) -> Outcome:
+  """Trains until `train.steps`, `train.max_minutes` or a signal.
+
+  A `workdir` that holds a run of this config goes on from its newest
+  checkpoint, as if it had never stopped. Raises ConfigError for what is wrong
+  with the config, the data or the folder; RunFailed for a run that diverged.
+  """
+  started = time.monotonic()
+  trainer = _Trainer(values, pathlib.Path(workdir), given)
+  try:
+    return trainer.run(started)
+  finally:
+    trainer.close()
+
+
+class _Trainer:
+  """The parts of a run, and what is done with them after a step."""
+
+  def __init__(
+    self, values: config.Config, workdir: pathlib.Path, given: run.Given
+  ):
+    use_compilation_cache()
+    run.changes(workdir, values)  # another run's folder: before anything else
+    self.values, self.workdir = values, workdir
+    self.schedule = schedule.make(values)
+    self.data = Batches(values, values.train.seed)
+    self.tokenizer = self.data.tokenizer
+    self._corpus = [
+      [p.corpus.source, len(p.ids), p.n_tokens] for p in self.data.packings
+    ]
+    self.heldout = feed.heldout(values)
+    changed = run.record(workdir, values, given)
+    self.checkpoints = Checkpoints(
+      workdir / "checkpoints", kept=values.train.checkpoints_kept
+    )
+    self._restore()
+    self.log = MetricsLog(workdir, self.done)
+    self.progress = Progress(self.done, self.schedule.steps)
+    self._greet(changed)
+    self.skipped = 0
+    self.score: bpb.Score | None = None
+    self.max_vio: float | None = None
+
+  def _restore(self) -> None:
+    """State, step and data position: from the newest checkpoint, or new."""
+    train_values = self.values.train
+    adam = optimizer.make(self.values.optimizer)
+    create = lambda: state.create(self.values, adam)
+    self.graphdef, like = jax.eval_shape(create)
+    self.step_fn = jax.jit(
+      functools.partial(
+        train_step,
+        graphdef=self.graphdef,
+        optimizer=adam,
+        schedule=self.schedule,
+        values=self.values,
+      ),
+      donate_argnums=0,
+    )
+    on_host = train_values.ema_decay > 0 and train_values.ema_place == "host"
+    trees = trees_of(like, like.params if on_host else None)
+    wanted = abstract(trees, on_host=("ema",) if on_host else ())
+    found = self.checkpoints.restore_newest(wanted, print, set_aside=True)
+    if found is None:
+      self.done, self.sequences_ahead = 0, 0
+      self.state = jax.jit(lambda: create()[1])()
+      average = self.state.params
+    else:
+      self.done, trees, meta = found
+      self.state, average = state_of(trees, like), trees.get("ema")
+      # A run may go on with more steps, which moves the stairs of a batch
+      # ramp; the data still goes on from the first sequence not yet seen.
+      if meta["corpus"] != self._corpus:
+        print(
+          f"corpus: found {self._corpus}, wanted {meta['corpus']}: "
+          "from here on the run reads other text"
+        )
+      planned = self.schedule.first_sequence(self.done)
+      self.sequences_ahead = meta["sequences"] - planned
+    decay = train_values.ema_decay
+    self.host_ema = HostEma(average, decay) if on_host else None
+
+  def _greet(self, changed: dict[str, tuple[Any, Any]]) -> None:
+    for key, (old, new) in changed.items():
+      self.progress.tell(f"{key}: {old} -> {new}")
+    if self.done:
+      self.progress.tell(f"{self.workdir}: goes on after step {self.done}")
+    size = count.parameters(self.values.model)
+    self.progress.tell(
+      f"{self.values.name}: {size.main + size.mtp:,} parameters, "
+      f"{size.active:,} active; {self.schedule.steps:,} steps of "
+      f"{self.schedule.batch_size(self.done)} x {self.values.data.seq_len} "
+      f"tokens on {jax.device_count()} x {jax.devices()[0].device_kind}"
+    )
+    for part in self.data.report(self._sequences(self.schedule.steps)):
+      self.progress.tell(
+        f"{part.source}: {part.documents:,} documents, {part.tokens:,} tokens, "
+        f"{part.share:.0%} of the rows, {part.epochs:.2f} epochs"
+      )
+
+  def _sequences(self, done: int) -> int:
+    """Sequences read when `done` steps are done: the data position."""
+    return self.schedule.first_sequence(done) + self.sequences_ahead
+
+  def run(self, started: float) -> Outcome:
+    """The loop. Numbers of a step are fetched while the next one runs."""
+    limit = self.values.train.max_minutes * 60 or math.inf
+    clock = Clock(started, limit, self.schedule.steps)
+    rows = prefetch(
+      feed.training(self.data, self.schedule, self.done, self.sequences_ahead)
+    )
+    waiting = None  # step, its metrics and labels, not yet fetched
+    with Interrupts() as interrupts, contextlib.closing(rows):
+      for batch in rows:
+        self._tell_batch_size()
+        self.state, metrics = self.step_fn(self.state, batch)
+        self.done += 1
+        if waiting:
+          self._settle(*waiting, clock)
+        waiting = (self.done, metrics, batch.labels_BPL)
+        if self.host_ema:
+          self.host_ema.update(self.state.params)
+        stop = interrupts.signum or clock.is_over()
+        last = stop or self.done == self.schedule.steps
+        if (
+          last or self._is_due("eval_every") or self._is_due("checkpoint_every")
+        ):
+          self._settle(*waiting, clock)
+          waiting = None
+          with clock.paused():
+            self._after_step(last, interrupts.signum)
+        if stop:
+          break
+    self.checkpoints.wait()
+    return Outcome(
+      self.workdir,
+      self.done,
+      self.schedule.steps,
+      interrupts.signum,
+      self.score,
+      self.max_vio,
+    )
+
+  def _is_due(self, key: str) -> bool:
+    every = getattr(self.values.train, key)
+    return every > 0 and self.done % every == 0
+
+  def _tell_batch_size(self) -> None:
+    size = self.schedule.batch_size(self.done)
+    before = self.schedule.batch_size(max(self.done - 1, 0))
+    if size != before:
+      self.progress.tell(
+        f"step {self.done + 1}: batch size {before} -> {size}; compiles again"
+      )
+
+  def _settle(self, step: int, metrics, labels_BPL, clock: "Clock") -> None:
+    """Waits for a step; logs it, and stops a run that diverges."""
+    metrics = jax.device_get(metrics)
+    tokens = int(metrics["batch_tokens"])
+    clock.tick(step, tokens)
+    self.skipped = int(metrics["skipped"])
+    if self.skipped:
+      self._tell_skipped(step)
+    if step % self.values.train.log_every and step != self.schedule.steps:
+      return
+    labels = labels_BPL[:, 0]
+    n_bytes = self.tokenizer.token_bytes(labels[labels >= 0])
+    nats = float(metrics["loss/main"]) * tokens
+    metrics["bits_per_byte"] = nats / math.log(2) / max(n_bytes, 1)
+    metrics["tokens"] = self._sequences(step) * self.values.data.seq_len
+    metrics |= self._speed(clock.tokens_per_second())
+    self.max_vio = metrics.get("max_vio")
+    self.log.write(step, metrics)
+    self.progress.show(step, metrics, clock.left(step))
+
+  def _tell_skipped(self, step: int) -> None:
+    limit = self.values.train.max_skipped
+    what = f"step {step}: loss or gradient not finite, update left out"
+    self.progress.tell(f"{what} ({self.skipped} in a row, {limit} allowed)")
+    if self.skipped > limit:
+      self.checkpoints.wait()
+      saved = self.checkpoints.steps
+      left = f"the last is of step {saved[-1]}" if saved else "there is none"
+      raise RunFailed(
+        f"{what}, {self.skipped} in a row; train.max_skipped = {limit}. "
+        f"Checkpoints in {self.checkpoints.folder}: {left}"
+      )
+
+  def _speed(self, tokens_per_second: float) -> dict[str, float]:
+    """Tokens and model FLOPs a second, and MFU where the chip's peak is known."""
+    flops = tokens_per_second * self._flops_per_token
+    speed = {"tokens_per_second": tokens_per_second, "model_flops": flops}
+    if peak := count.peak_flops(jax.devices()[0].device_kind):
+      speed["mfu"] = flops / peak / jax.device_count()
+    return speed
+
+  @functools.cached_property
+  def _flops_per_token(self) -> float:
+    return count.flops_per_token(self.values.model, self.values.data.seq_len)
+
+  def _after_step(self, last: bool, signum: int | None) -> None:
+    """Evaluates and saves, if it is time; a signal gets no evaluation."""
+    if self.heldout and not signum and (last or self._is_due("eval_every")):
+      self.score = self._evaluate()
+    if last or self._is_due("checkpoint_every"):
+      self._save()
+
+  def _evaluate(self) -> bpb.Score:
+    score = bpb.score(
+      self.graphdef,
+      self.state.params,
+      self.state.router,
+      self.heldout,
+      self.tokenizer,
+    )
+    named = {f"heldout/{k}": v for k, v in score._asdict().items()}
+    self.log.write(self.done, named)
+    self.progress.tell(
+      f"step {self.done}: held-out {score.bits_per_byte:.3f} bits/byte, "
+      f"loss {score.loss:.3f}, MaxVio {score.max_vio:.2f}"
+    )
+    self._scored_step = self.done
+    return score
+
+  _scored_step = -1
+
+  def _save(self) -> None:
+    """A checkpoint, unless the last updates were left out.
+
+    Then the weights may be on their way to divergence: the run has still to
+    show that it recovers, and the checkpoints there are stay the newest.
+    """
+    if self.skipped or self.done in self.checkpoints.steps:
+      return
+    average = self.host_ema.wait() if self.host_ema else None
+    scored = self._scored_step == self.done
+    self.checkpoints.save(
+      self.done,
+      trees_of(self.state, average),
+      {
+        "sequences": self._sequences(self.done),
+        "seed": self.values.train.seed,
+        "corpus": self._corpus,
+      },
+      bits_per_byte=self.score.bits_per_byte if scored else None,
+    )
+
+  def close(self) -> None:
+    self.progress.close()
+    self.log.close()
+    self.checkpoints.close()

@@ -1,0 +1,164 @@
+"""The run folder: what was asked for, what ran, on what.
+
+config.json      the config as given, resolved, and where it departs
+starts.jsonl     one line a start: date, command, commit, versions, device
+metrics.jsonl    one line a logged step or evaluation
+tensorboard/     the same for TensorBoard
+checkpoints/     see dsv3.train.checkpoint
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from dsv3 import config, overlay
+from dsv3.config import ConfigError
+
+# Keys that a run may change when it goes on, and why that is no other run.
+MAY_CHANGE = {
+  "train.steps": "how far to go",
+  "train.max_minutes": "how long to go",
+  "train.max_skipped": "when to give up",
+  "train.log_every": "what is written down, not what is computed",
+  "train.eval_every": "what is written down, not what is computed",
+  "train.checkpoint_every": "what is written down, not what is computed",
+  "train.checkpoints_kept": "what is written down, not what is computed",
+  "data.cache": "where the same tokens lie",
+}
+_PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy tokenizers".split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """A config as the user gave it."""
+
+  config: str | None = None  # the file
+  overrides: tuple[str, ...] = ()
+  command: str = ""
+
+
+def stored_config(workdir: str | pathlib.Path) -> config.Config:
+  """The resolved config of a run; ConfigError if there is no run."""
+  path = pathlib.Path(workdir) / "config.json"
+  if not path.is_file():
+    raise ConfigError(f"--workdir={workdir}: found no run there (no {path})")
+  try:
+    return config.build(json.loads(path.read_text())["resolved"])
+  except (json.JSONDecodeError, KeyError) as error:
+    raise ConfigError(f"{path}: damaged: {error}") from error
+
+
+def as_tree(values: config.Config) -> ConfigDict:
+  """The config as a locked ConfigDict, which overrides can be laid over."""
+  return ConfigDict(dataclasses.asdict(values)).lock()
+
+
+def changes(
+  workdir: pathlib.Path, values: config.Config
+) -> dict[str, tuple[Any, Any]]:
+  """Where `values` departs from the run in `workdir`: all of MAY_CHANGE.
+
+  Any other difference is a ConfigError that names the keys: it would be
+  another run under the name of this one.
+  """
+  if not (workdir / "config.json").exists():
+    return {}
+  stored = dataclasses.asdict(stored_config(workdir))
+  pairs = overlay.difference(stored, dataclasses.asdict(values))
+  other = [f"{k} = {a!r}" for k, (a, _) in pairs.items() if k not in MAY_CHANGE]
+  if other:
+    raise ConfigError(
+      f"--workdir={workdir}: holds a run of another config, with "
+      f"{', '.join(other)}; choose another folder"
+    )
+  return pairs
+
+
+def record(
+  workdir: pathlib.Path, values: config.Config, given: Given
+) -> dict[str, tuple[Any, Any]]:
+  """Writes config.json and a line of starts.jsonl; returns `changes`.
+
+  Raises OSError if the folder cannot be written.
+  """
+  changed = changes(workdir, values)
+  workdir.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(_description(values, given), indent=2)
+  # Renamed into place: a kill in between leaves the old file or the new one.
+  draft = workdir / "config.json.new"
+  draft.write_text(text + "\n")
+  draft.replace(workdir / "config.json")
+  start = _start(given) | {"changed": changed}
+  with open(workdir / "starts.jsonl", "a") as file:
+    file.write(json.dumps(start) + "\n")
+  return changed
+
+
+def _description(values: config.Config, given: Given) -> dict[str, Any]:
+  resolved = dataclasses.asdict(values)
+  roots = ["v3_671b"]
+  if given.config and (base := overlay.base_of(given.config)):
+    roots.append(pathlib.Path(base).stem)
+  departures = {}
+  for root in dict.fromkeys(roots):
+    whole = dataclasses.asdict(config.build(overlay.load(root)))
+    departures[root] = overlay.difference(whole, resolved)
+  return {
+    "given": {"config": given.config, "overrides": given.overrides},
+    "departs_from": departures,
+    "resolved": resolved,
+  }
+
+
+def _start(given: Given) -> dict[str, Any]:
+  """When, by which command, with which code and on which machine."""
+  device = jax.devices()[0]
+  return {
+    "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    "command": given.command,
+    **commit(),
+    "python": platform.python_version(),
+    "versions": {p: importlib.metadata.version(p) for p in _PACKAGES},
+    "device": {
+      "platform": device.platform,
+      "kind": device.device_kind,
+      "count": jax.device_count(),
+      "machine": platform.platform(),
+    },
+  }
+
+
+def commit() -> Mapping[str, Any]:
+  """The commit of dsv3's clone and whether files differ; empty without Git."""
+  here = pathlib.Path(__file__).parent
+
+  def git(*words):
+    done = subprocess.run(
+      ["git", "-C", here, *words], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+  try:
+    return {
+      "commit": git("rev-parse", "HEAD"),
+      "dirty": bool(git("status", "--porcelain")),
+    }
+  except (OSError, subprocess.CalledProcessError):
+    return {}
+
+
+def command_line() -> str:
+  """The command that started this process, as the user would type it."""
+  name, *words = sys.argv
+  return shlex.join([pathlib.Path(name).name, *words])

@@ -1,0 +1,30 @@
+"""Installs dsv3 and its command; from a clone: pip install -e '.[test]'."""
+
+import setuptools
+
+setuptools.setup(
+  name="dsv3",
+  version="0.1.0",
+  description="DeepSeek-V3 in JAX and Flax, for research.",
+  packages=setuptools.find_packages(include=["dsv3", "dsv3.*"]),
+  python_requires=">=3.11",
+  install_requires=[
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "chex>=0.1.92",
+    "ml_collections>=1.1.0",
+    "numpy>=2.4",
+    "tokenizers>=0.23",
+    "tensorboardX>=2.6.5",
+    "tqdm>=4.70",
+  ],
+  extras_require={
+    "parquet": ["pyarrow>=26"],
+    "test": ["hypothesis>=6.170", "pyarrow>=26", "pytest>=9.2", "ruff>=0.17"],
+    "hf": ["torch==2.13.0", "transformers>=5.23"],
+    "gpu": ["tokamax>=0.0.12"],
+  },
+  entry_points={"console_scripts": ["dsv3 = dsv3.cli:main"]},
+)

@@ -1,0 +1,258 @@
+"""A run: resumed as never stopped, stopped on request, intact when it fails."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3.train import feed, loop, schedule
+from dsv3.train.checkpoint import Checkpoints
+from dsv3.train.logs import read_metrics
+from dsv3.train.restore import restore
+from tests import micro
+from tests.train.test_checkpoint import damage
+
+# Orbax's reads of a damaged file fail a second time when they are collected.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+STEPS = 16
+SPEED = ("tokens_per_second", "model_flops")  # what may differ between runs
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  written = micro.write_corpus(tmp_path_factory.mktemp("corpus"))
+  return {**written, "train.steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):
+  """The folder of a run that never stopped."""
+  workdir = tmp_path_factory.mktemp("runs") / "straight"
+  outcome = loop.train(micro.config_of(corpus), workdir)
+  assert (outcome.step, outcome.steps) == (STEPS, STEPS)
+  assert outcome.signum is None
+  return workdir
+
+
+def numbers(workdir: pathlib.Path) -> list[dict]:
+  """All that was logged, without the speed; equal means bit-equal."""
+  return [
+    {k: v for k, v in line.items() if k not in SPEED}
+    for line in read_metrics(workdir)
+  ]
+
+
+def test_every_step_is_logged_once_with_what_matters(straight):
+  lines = numbers(straight)
+  steps = [line for line in lines if "loss" in line]
+  assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+  wanted = "loss/main loss/mtp_1 loss/sequence bits_per_byte grad_norm max_vio"
+  wanted += " dead_experts bias_min bias_max lr tokens skipped"
+  assert set(wanted.split()) <= set(steps[0])
+  assert len(steps[0]["max_vio_X"]) == 3
+  assert steps[-1]["tokens"] == STEPS * 4 * 32
+  assert steps[-1]["loss"] < steps[0]["loss"]
+  (heldout,) = (line for line in lines if "loss" not in line)
+  assert heldout["step"] == STEPS
+  assert heldout["heldout/bytes"] <= heldout["heldout/tokens"] == 2 * 4 * 32
+  assert list((straight / "tensorboard").iterdir())
+
+
+def command(config: pathlib.Path, workdir: pathlib.Path) -> list[str]:
+  words = [sys.executable, "-m", "dsv3.cli", "train"]
+  return [*words, f"--config={config}", f"--workdir={workdir}"]
+
+
+def start(config, workdir):
+  root = pathlib.Path(loop.__file__).parents[2]
+  return subprocess.Popen(
+    command(config, workdir),
+    env={**os.environ, "PYTHONPATH": str(root)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def wait_for_steps(process, workdir, n: int) -> None:
+  """Returns when `n` steps are logged, or the process has ended."""
+  while process.poll() is None and len(read_metrics(workdir)) < n:
+    time.sleep(0.005)
+
+
+def test_killed_at_any_instant_a_run_resumes_to_bit_equal_numbers(
+  corpus, straight, tmp_path
+):
+  """SIGKILL, then SIGTERM, wherever they hit; then to the end."""
+  config = micro.write_config(tmp_path / "micro.py", corpus)
+  workdir, chance = tmp_path / "run", random.Random(os.getpid())
+  for n, signum in ((3, signal.SIGKILL), (6, signal.SIGTERM), (99, None)):
+    process = start(config, workdir)
+    wait_for_steps(process, workdir, n)
+    time.sleep(chance.random() * 0.3)
+    if signum and process.poll() is None:
+      process.send_signal(signum)
+    said = process.communicate(timeout=120)[0]
+    if process.returncode == 128 + signal.SIGTERM:
+      assert "SIGTERM: stopped after step" in said
+      done = read_metrics(workdir)[-1]["step"]
+      assert Checkpoints(workdir / "checkpoints").steps[-1] == done
+    else:
+      assert process.returncode in (0, -signal.SIGKILL), said
+  assert process.returncode == 0, said
+  assert numbers(workdir) == numbers(straight)
+
+
+class StopAfter:
+  """In the place of Interrupts: a signal that comes after some steps."""
+
+  def __init__(self, steps: int):
+    self.left = steps
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    pass
+
+  @property
+  def signum(self):
+    self.left -= 1
+    return signal.SIGINT if self.left <= 0 else None
+
+
+def test_a_signal_saves_and_a_resumed_run_equals_one_never_stopped(
+  corpus, straight, tmp_path, monkeypatch
+):
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "Interrupts", lambda: StopAfter(3))
+    outcome = loop.train(micro.config_of(corpus), tmp_path)
+  assert outcome.signum == signal.SIGINT and outcome.step < STEPS
+  assert Checkpoints(tmp_path / "checkpoints").steps[-1] == outcome.step
+  loop.train(micro.config_of(corpus), tmp_path)
+  assert numbers(tmp_path) == numbers(straight)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
+  corpus, straight, tmp_path, capsys
+):
+  values = micro.config_of(corpus)
+  loop.train(values, tmp_path)
+  damage(tmp_path / "checkpoints" / str(STEPS))
+  loop.train(values, tmp_path)
+  assert numbers(tmp_path) == numbers(straight)
+  said = capsys.readouterr()
+  assert "damaged checkpoint" in said.out + said.err
+  assert f"goes on after step {STEPS - 2}" in said.err
+  assert (tmp_path / "damaged" / str(STEPS)).is_dir()
+
+
+def poison(monkeypatch, from_step: int, to_step: int):
+  """Makes gradients not finite in steps (from_step, to_step]."""
+  real = loop.train_step
+
+  def step(state, batch, **kwargs):
+    bad = (state.step >= from_step) & (state.step < to_step)
+    spoil = lambda p: jnp.where(bad, jnp.nan, p)
+    after, metrics = real(
+      state.replace(params=jax.tree.map(spoil, state.params)), batch, **kwargs
+    )
+    # Weights as they were: it is a gradient that is spoilt, not the state.
+    keep = lambda old, new: jnp.where(bad, old, new)
+    params = jax.tree.map(keep, state.params, after.params)
+    return after.replace(params=params), metrics
+
+  monkeypatch.setattr(loop, "train_step", step)
+
+
+def test_a_run_that_diverges_stops_with_the_last_good_checkpoint_intact(
+  corpus, tmp_path, monkeypatch, capsys
+):
+  poison(monkeypatch, 3, 99)
+  values = micro.config_of({**corpus, "train.max_skipped": 2})
+  with pytest.raises(loop.RunFailed) as caught:
+    loop.train(values, tmp_path)
+  assert "train.max_skipped = 2" in str(caught.value)
+  assert "the last is of step 2" in str(caught.value)
+  assert capsys.readouterr().err.count("not finite") == 3
+  assert Checkpoints(tmp_path / "checkpoints").steps == [2]
+  assert restore(tmp_path).step == 2
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(lines[3])["loss"] is None
+
+
+def test_a_run_that_recovers_goes_on_and_saves_again(
+  corpus, tmp_path, monkeypatch
+):
+  poison(monkeypatch, 3, 5)
+  values = micro.config_of({**corpus, "train.max_skipped": 2})
+  assert loop.train(values, tmp_path).step == STEPS
+  skipped = [x["skipped"] for x in numbers(tmp_path) if "loss" in x]
+  assert skipped == [0, 0, 0, 1, 2] + [0] * (STEPS - 5)
+  assert Checkpoints(tmp_path / "checkpoints").steps[-1] == STEPS
+
+
+def test_the_time_limit_ends_a_run_with_an_evaluation_and_a_checkpoint(
+  corpus, tmp_path
+):
+  values = micro.config_of({**corpus, "train.max_minutes": 1e-6})
+  outcome = loop.train(values, tmp_path)
+  assert (outcome.step, outcome.signum) == (1, None)
+  assert outcome.score.bits_per_byte > 0
+  assert Checkpoints(tmp_path / "checkpoints").steps == [1]
+
+
+def test_host_average_of_a_run_is_the_device_average(corpus, tmp_path):
+  averages = {}
+  for place in ("host", "device"):
+    diff = {**corpus, "train.ema_decay": 0.5, "train.ema_place": place}
+    loop.train(micro.config_of(diff), tmp_path / place)
+    averages[place] = restore(tmp_path / place, ema=True).params
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+  jax.tree.map(close, averages["host"], averages["device"])
+  plain = restore(tmp_path / "host").params
+  assert not np.array_equal(plain["head"][...], averages["host"]["head"][...])
+
+
+class Asked:
+  """In the place of Batches: remembers which rows were asked for."""
+
+  def __init__(self):
+    self.rows_asked = []
+
+  def rows(self, first, count):
+    self.rows_asked += range(first, first + count)
+    x_BL = np.zeros((count, 4), np.int32)
+    return feed.batches.Batch(x_BL, np.zeros((2, count, 4), np.int32), x_BL)
+
+
+def test_no_row_is_read_twice_or_lost_when_a_batch_ramp_moves():
+  """More steps move the stairs of a ramp that is a share of the run."""
+  ramp = {
+    "schedule.batch_size_start": 2,
+    "schedule.batch_size": 8,
+    "schedule.batch_ramp_tokens": 7e12,
+    "schedule.batch_ramp_stages": 3,
+  }
+  short = schedule.make(micro.config_of({**ramp, "train.steps": 20}))
+  long = schedule.make(micro.config_of({**ramp, "train.steps": 60}))
+  asked, stopped = Asked(), 10
+  before = feed.training(asked, short, 0, 0)
+  for _ in range(stopped):
+    next(before)
+  read = short.first_sequence(stopped)
+  assert read != long.first_sequence(stopped)
+  ahead = read - long.first_sequence(stopped)
+  list(feed.training(asked, long, stopped, ahead))
+  assert asked.rows_asked == list(range(len(asked.rows_asked)))

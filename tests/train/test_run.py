@@ -1,0 +1,90 @@
+"""The run folder says what ran, and is never another run's."""
+
+import dataclasses
+import json
+import subprocess
+
+import pytest
+
+from dsv3 import config
+from dsv3.config import ConfigError
+from dsv3.train import run
+from tests import micro
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_folder_holds_config_as_given_resolved_and_its_departures(tmp_path):
+  values = micro.config_of()
+  given = run.Given("tiny", ("model.dim=32",), "dsv3 train --config=tiny")
+  assert run.record(tmp_path / "a", values, given) == {}
+  found = json.loads((tmp_path / "a" / "config.json").read_text())
+  assert found["given"] == {"config": "tiny", "overrides": ["model.dim=32"]}
+  assert found["departs_from"]["v3_671b"]["model.dim"] == [7168, 32]
+  assert run.stored_config(tmp_path / "a") == values
+  (start,) = lines(tmp_path / "a" / "starts.jsonl")
+  assert start["command"] == "dsv3 train --config=tiny"
+  assert start["versions"]["jax"] and start["device"]["platform"] == "cpu"
+
+
+def test_departures_from_the_base_stand_beside_those_from_the_paper(tmp_path):
+  (tmp_path / "mine.py").write_text('BASE = "tiny"\nDIFF = {"model.dim": 64}')
+  values = config.build(run.overlay.load(str(tmp_path / "mine.py")))
+  given = run.Given(str(tmp_path / "mine.py"))
+  run.record(tmp_path / "a", values, given)
+  found = json.loads((tmp_path / "a" / "config.json").read_text())
+  assert found["departs_from"]["tiny"] == {"model.dim": [128, 64]}
+  assert "model.n_layers" in found["departs_from"]["v3_671b"]
+
+
+def test_commit_is_that_of_the_clone(monkeypatch):
+  found = run.commit()
+  if not found:
+    pytest.skip("not in a clone")
+  assert len(found["commit"]) == 40 and isinstance(found["dirty"], bool)
+
+  def no_git(*_, **__):
+    raise FileNotFoundError
+
+  monkeypatch.setattr(subprocess, "run", no_git)
+  assert run.commit() == {}
+
+
+def test_another_config_is_an_error_that_names_the_keys(tmp_path):
+  run.record(tmp_path, micro.config_of(), run.Given())
+  before = (tmp_path / "config.json").read_text()
+  other = micro.config_of({"model.dim": 64, "train.steps": 9})
+  with pytest.raises(ConfigError) as caught:
+    run.record(tmp_path, other, run.Given())
+  assert "model.dim = 32" in str(caught.value)
+  assert "train.steps" not in str(caught.value)
+  assert "\n" not in str(caught.value)
+  assert (tmp_path / "config.json").read_text() == before
+  assert len(lines(tmp_path / "starts.jsonl")) == 1
+
+
+@pytest.mark.parametrize("key", sorted(run.MAY_CHANGE))
+def test_what_is_no_other_run_may_change_and_is_kept(key, tmp_path):
+  values = micro.config_of()
+  run.record(tmp_path, values, run.Given())
+  group, field = key.split(".")
+  old = getattr(getattr(values, group), field)
+  new = "elsewhere" if isinstance(old, str) else old + 1
+  changed = dataclasses.replace(
+    values,
+    **{group: dataclasses.replace(getattr(values, group), **{field: new})},
+  )
+  assert run.record(tmp_path, changed, run.Given()) == {key: (old, new)}
+  assert run.stored_config(tmp_path) == changed
+  history = [start["changed"] for start in lines(tmp_path / "starts.jsonl")]
+  assert history == [{}, {key: [old, new]}]
+
+
+def test_a_folder_without_a_run_and_a_damaged_config_are_named(tmp_path):
+  with pytest.raises(ConfigError, match="found no run"):
+    run.stored_config(tmp_path)
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(ConfigError, match="config.json: damaged"):
+    run.stored_config(tmp_path)
