@@ -234,7 +234,7 @@ def _dtypes(named: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_dtypes(named, found: Mapping[str, str], where) -> None:
-  """Orbax casts to the wanted type in silence; a bfloat16 bias never recovers."""
+  """Orbax casts to the wanted type in silence: a bfloat16 bias would stay one."""
   for name, wanted in _dtypes(named).items():
     if found.get(name, wanted) != wanted:
       raise CheckpointError(

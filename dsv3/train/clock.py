@@ -24,7 +24,7 @@ class Clock:
     self._marks = [*self._marks[-50:], (self._now(), step, total)]
 
   def _rates(self) -> tuple[float, float]:
-    """Tokens and steps a second; the first step, which compiles, is left out."""
+    """Tokens and steps a second, without the first step, which compiles."""
     if len(self._marks) < 2:
       return 0.0, 0.0
     (t0, step0, tokens0), (t1, step1, tokens1) = self._marks[0], self._marks[-1]

@@ -1,4 +1,4 @@
-"""The rows of every step, and those that are held out, as the step takes them."""
+"""The rows of every step, and the held-out ones, as the step takes them."""
 
 from collections.abc import Iterator
 

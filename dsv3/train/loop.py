@@ -239,7 +239,7 @@ class _Trainer:
       )
 
   def _speed(self, tokens_per_second: float) -> dict[str, float]:
-    """Tokens and model FLOPs a second, and MFU where the chip's peak is known."""
+    """Tokens and model FLOPs a second; MFU where the peak is known."""
     flops = tokens_per_second * self._flops_per_token
     speed = {"tokens_per_second": tokens_per_second, "model_flops": flops}
     if peak := count.peak_flops(jax.devices()[0].device_kind):

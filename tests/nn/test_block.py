@@ -61,7 +61,7 @@ def parameters(**diff):
   make = lambda: transformer.split(transformer.make_model(model, key))[1]
   return {
     jax.tree_util.keystr(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(make)())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(make())
   }
 
 

@@ -32,11 +32,11 @@ def poisoned(state, factor):
   return state.replace(params=params)
 
 
-@pytest.mark.parametrize("factor, loss", [(np.nan, np.nan), (1e22, None)])
+@pytest.mark.parametrize("factor, loss", [(np.nan, np.nan), (1e17, None)])
 def test_update_that_is_not_finite_changes_nothing_and_is_counted(
   run, factor, loss
 ):
-  """With a head of 1e20 the loss is finite and the gradient's norm is not."""
+  """With a head of 1e15 the loss is finite and the gradient's norm is not."""
   prepared, batch, good, _ = run
   bad = poisoned(good, factor)
   after, metrics = prepared.step(bad, batch)
@@ -143,27 +143,28 @@ def test_metrics_tell_loss_terms_and_balance(run):
 
 
 SMALL = {  # and cheap to compile
-  "model.n_layers": 2,
-  "model.n_dense_layers": 1,
+  "model.n_layers": 1,
   "model.moe.kernel": "ragged",
   "model.attention.kernel": "naive",
 }
 BASELINES = {
-  "mha and dense FFN": {"model.attention.kind": "mha", "model.ffn": "dense"},
-  "gqa and V2's softmax gate": {
+  "mha, dense FFN": {
+    "model.n_dense_layers": 1,
+    "model.attention.kind": "mha",
+    "model.ffn": "dense",
+  },
+  "gqa, V2's softmax gate, no MTP, bfloat16": {
+    "model.n_dense_layers": 0,
     "model.attention.kind": "gqa",
     "model.attention.n_kv_heads": 1,
     "model.moe.gate": "softmax",
     "model.moe.group_score": "max",
     "model.moe.normalize": False,
-    "model.moe.balancing": "sequence",
-  },
-  "no MTP, no balancing, bfloat16": {
-    "model.mtp.depth": 0,
     "model.moe.balancing": "none",
+    "model.mtp.depth": 0,
     "model.dtype": "bfloat16",
-    "optimizer.moment_dtype": "bfloat16",
     "model.remat": "paper",
+    "optimizer.moment_dtype": "bfloat16",
   },
 }
 
