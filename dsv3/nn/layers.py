@@ -31,8 +31,9 @@ class RmsNorm(nnx.Module):
     return (x32 * scale * self.gain[...]).astype(x.dtype)
 
 
+@jax.checkpoint
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """silu(gate) * up, in float32 (Sec. 2.1.2's FFN)."""
+  """silu(gate) * up, in float32; kept are its inputs alone (Sec. 3.2.3)."""
   product = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
   return product.astype(gate.dtype)
 

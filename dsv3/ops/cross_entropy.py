@@ -21,7 +21,7 @@ def cross_entropy(
   labels_BL: jax.Array,
   *,
   z_loss: bool = False,
-  chunk: int = 512,
+  chunk: int = 128,
 ) -> TokenLoss:
   """Cross-entropy of the output head, without keeping the logits (Eq. 23, 24).
 

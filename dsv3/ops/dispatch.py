@@ -10,7 +10,7 @@ class Plan(NamedTuple):
   """Where every assignment (a token and one of its experts) goes."""
 
   order_A: jax.Array  # int32: assignments, sorted by expert
-  place_A: jax.Array  # int32: the place of each assignment in that order
+  place_TK: jax.Array  # int32: the place of each assignment in that order
   load_E: jax.Array  # int32: tokens per expert
 
 
@@ -27,49 +27,68 @@ def plan(experts_TK: jax.Array, valid_T: jax.Array, n_routed: int) -> Plan:
   experts_A = experts_TK.reshape(-1).astype(jnp.int32)
   order_A = jnp.argsort(experts_A, stable=True).astype(jnp.int32)
   place_A = jnp.argsort(order_A).astype(jnp.int32)
+  place_TK = place_A.reshape(experts_TK.shape)
   ends_E = jnp.searchsorted(
     experts_A[order_A], jnp.arange(n_routed), side="right"
   )
-  return Plan(order_A, place_A, jnp.diff(ends_E, prepend=0).astype(jnp.int32))
+  return Plan(order_A, place_TK, jnp.diff(ends_E, prepend=0).astype(jnp.int32))
+
+
+# The gradient of a gather is a scatter, which XLA runs row by row on a CPU. But
+# every assignment has one place, so each gradient below is a gather as well.
 
 
 @jax.custom_vjp
-def permute(x_AD: jax.Array, to_A: jax.Array, back_A: jax.Array) -> jax.Array:
-  """Rows of `x_AD` in the order `to_A`; `back_A` is the inverse permutation.
-
-  The gradient of a permutation is the inverse permutation. Said here because
-  autodiff would scatter, which XLA runs row by row on a CPU.
-  """
-  del back_A
-  return x_AD[to_A]
-
-
-def _permute_forward(x_AD, to_A, back_A):
-  return x_AD[to_A], back_A
-
-
-def _permute_backward(back_A, gradient_AD):
-  return gradient_AD[back_A], None, None
-
-
-permute.defvjp(_permute_forward, _permute_backward)
-
-
 def dispatch(x_TD: jax.Array, plan: Plan) -> jax.Array:
-  """One row per assignment, sorted by expert."""
-  n_tokens, dim = x_TD.shape
-  top_k = plan.order_A.shape[0] // n_tokens
-  x_TKD = jnp.broadcast_to(x_TD[:, None], (n_tokens, top_k, dim))
-  return permute(x_TKD.reshape(-1, dim), plan.order_A, plan.place_A)
+  """One row per assignment, sorted by expert: [A, D]."""
+  return x_TD[_token(plan)]
 
 
+def _token(plan: Plan) -> jax.Array:
+  """The token of every sorted assignment."""
+  return plan.order_A // plan.place_TK.shape[1]
+
+
+def _dispatch_forward(x_TD, plan):
+  return dispatch(x_TD, plan), plan
+
+
+def _dispatch_backward(plan, dx_AD):
+  dx_TD = sum(dx_AD[place_T].astype(jnp.float32) for place_T in plan.place_TK.T)
+  return dx_TD.astype(dx_AD.dtype), None
+
+
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
 def combine(y_AD: jax.Array, gate_TK: jax.Array, plan: Plan) -> jax.Array:
-  """Sum over a token's experts of gate times output (the sum of Eq. 12)."""
-  y_TKD = permute(y_AD, plan.place_A, plan.order_A)
-  y_TKD = y_TKD.reshape(*gate_TK.shape, -1)
-  return jnp.einsum(
-    "TKD,TK->TD",
-    y_TKD,
-    gate_TK.astype(y_AD.dtype),
-    preferred_element_type=jnp.float32,
+  """Sum over a token's experts of gate times output (the sum of Eq. 12).
+
+  float32: [T, D]. `y_AD` are the rows of `dispatch`, after the experts.
+  """
+  return sum(
+    gate_T[:, None] * y_AD[place_T].astype(jnp.float32)
+    for gate_T, place_T in zip(gate_TK.T, plan.place_TK.T)
   )
+
+
+def _combine_forward(y_AD, gate_TK, plan):
+  return combine(y_AD, gate_TK, plan), (y_AD, gate_TK, plan)
+
+
+def _combine_backward(saved, dy_TD):
+  y_AD, gate_TK, plan = saved
+  gate_A = gate_TK.reshape(-1)[plan.order_A]
+  dy_AD = gate_A[:, None] * dy_TD[_token(plan)]
+  dgate_TK = jnp.stack(
+    [
+      jnp.sum(y_AD[place_T].astype(jnp.float32) * dy_TD, axis=-1)
+      for place_T in plan.place_TK.T
+    ],
+    axis=-1,
+  )
+  return dy_AD.astype(y_AD.dtype), dgate_TK.astype(gate_TK.dtype), None
+
+
+combine.defvjp(_combine_forward, _combine_backward)
