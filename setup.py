@@ -22,7 +22,12 @@ setuptools.setup(
   ],
   extras_require={
     "parquet": ["pyarrow>=26"],
-    "test": ["hypothesis>=6.170", "pyarrow>=26", "pytest>=9.2", "ruff>=0.17"],
+    "test": [
+      "hypothesis>=6.170",
+      "pyarrow>=26",
+      "pytest>=9.2",
+      "pytest-xdist>=3.8",
+    ],
     "hf": ["torch==2.13.0", "transformers>=5.23"],
     "gpu": ["tokamax>=0.0.12"],
   },

@@ -7,6 +7,7 @@ and what cannot be combined. `build` turns a config into a `Config` or raises
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -255,7 +256,7 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
     return int(value)
   if kind is float and type(value) is int:
     return float(value)
-  if type(value) is not kind:
+  if type(value) is not kind or (kind is float and not math.isfinite(value)):
     raise ConfigError(f"{where}: found {value!r}, wanted {kind.__name__}")
   return value
 

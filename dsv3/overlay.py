@@ -110,7 +110,10 @@ def _load(path: pathlib.Path, seen: tuple[pathlib.Path, ...]) -> ConfigDict:
   if not hasattr(module, "BASE") or not hasattr(module, "DIFF"):
     raise ConfigError(f"{path}: found neither get_config nor BASE and DIFF")
   base = _load(_find(module.BASE, path.parent), (*seen, path))
-  return overlay(base, module.DIFF)
+  try:
+    return overlay(base, module.DIFF)
+  except ConfigError as error:
+    raise ConfigError(f"{path}: {error}") from error
 
 
 def _resolve(values: ConfigDict, key: str) -> tuple[ConfigDict, str]:

@@ -12,7 +12,6 @@ from dsv3.nn import moe
 from dsv3.nn.block import Block, run_stack, stack
 from dsv3.nn.layers import RmsNorm, weight
 from dsv3.nn.mtp import MtpModule
-
 from dsv3.ops.gemm import Gemm, plain
 
 

@@ -101,7 +101,9 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--threads", type=int, default=2)
   args = parser.parse_args()
-  print(json.dumps(measure(args.config, args.batch, args.repeats, args.threads)))
+  print(
+    json.dumps(measure(args.config, args.batch, args.repeats, args.threads))
+  )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def test_plan_is_a_bijection_sorted_by_expert(kind, padding):
   experts_TK, valid_T = choose(kind), np.arange(T) >= padding
   plan = dispatch.plan(experts_TK, valid_T, E)
   assert sorted(plan.order_A.tolist()) == list(range(T * K))
-  np.testing.assert_array_equal(plan.order_A[plan.place_TK.ravel()], np.arange(T * K))
+  np.testing.assert_array_equal(
+    plan.order_A[plan.place_TK.ravel()], np.arange(T * K)
+  )
   load_E = np.bincount(experts_TK[valid_T].ravel(), minlength=E)
   np.testing.assert_array_equal(plan.load_E, load_E)
   assert plan.load_E.dtype == jnp.int32
