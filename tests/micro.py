@@ -30,6 +30,7 @@ DIFF = {
   "model.moe.top_groups": 1,
   "data.seq_len": 32,
   "schedule.warmup_steps": 2,
+  "schedule.bias_speed": 0.001,
   "schedule.batch_size": 4,
   "schedule.batch_size_start": 4,
   "train.steps": 8,

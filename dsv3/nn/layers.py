@@ -31,11 +31,29 @@ class RmsNorm(nnx.Module):
     return (x32 * scale * self.gain[...]).astype(x.dtype)
 
 
-@jax.checkpoint
+@jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """silu(gate) * up, in float32; kept are its inputs alone (Sec. 3.2.3)."""
-  product = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-  return product.astype(gate.dtype)
+  """silu(gate) * up, in float32; kept are its inputs alone (Sec. 3.2.3).
+
+  Autodiff would keep the sigmoid and the silu as well.
+  """
+  gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
+  return (gate32 * jax.nn.sigmoid(gate32) * up32).astype(gate.dtype)
+
+
+def _swiglu_forward(gate, up):
+  return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(saved, gradient):
+  gate, up, gradient = (x.astype(jnp.float32) for x in (*saved, gradient))
+  sigmoid = jax.nn.sigmoid(gate)
+  dgate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
+  dup = gradient * gate * sigmoid
+  return dgate.astype(saved[0].dtype), dup.astype(saved[1].dtype)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class Ffn(nnx.Module):

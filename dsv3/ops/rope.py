@@ -36,8 +36,8 @@ def yarn_frequencies(
   keep their speed, those that turn less than beta_slow times are slowed by
   `factor`, and a linear ramp over the pair's index joins them.
 
-  >>> float(yarn_frequencies(64, 10_000.0, 40.0, 4096, 32.0, 1.0)[16])
-  0.0054999999701976776
+  >>> round(float(yarn_frequencies(64, 1e4, 40.0, 4096, 32.0, 1.0)[16]), 8)
+  0.0055
   """
 
   def pair_that_turns(times: float) -> float:

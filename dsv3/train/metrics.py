@@ -21,7 +21,7 @@ def of_step(loss, sums, count, grad_norm, hyper, after) -> dict[str, jax.Array]:
     out[name] = correct / count.tokens
   out |= {
     "grad_norm": grad_norm,
-    "param_norm": optax.global_norm(after.params),
+    "param_norm": optax.tree.norm(after.params),
     "lr": hyper.lr,
     "mtp_weight": hyper.mtp_weight,
     "bias_speed": hyper.bias_speed,

@@ -161,7 +161,7 @@ def train_step(
   params = jax.tree.map(lambda p, u: p - hyper.lr * u, state.params, updates)
   router = update_router(state.router, sums.load_XE, hyper.bias_speed)
 
-  grad_norm = optax.global_norm(grads)
+  grad_norm = optax.tree.norm(grads)
   ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   old = (state.params, state.opt_state, state.router)
   params, opt_state, router = jax.tree.map(
