@@ -23,15 +23,22 @@ DIFF = {
   "model.moe.hidden": 512,  # granularity 16/3 of 8/3 x dim, rounded to 128
   "model.moe.n_groups": 1,
   "model.moe.top_groups": 1,
+  "model.moe.balancing": "bias",
   "model.mtp.depth": 0,
   "data.seq_len": 2048,
   "data.fim_rate": 0.0,
+  "data.split_rate": 0.0,
   "schedule.time": "share",
   "schedule.warmup_steps": 1000,
   "schedule.lr_peak": 1e-3,
   "schedule.lr_end": 1e-4,
   "schedule.lr_last": 1e-4,
+  "schedule.lr_constant_tokens": 0.0,  # a cosine over the whole run
+  "schedule.lr_cosine_tokens": 14.8e12,
+  "schedule.lr_last_tokens": 0.0,
+  "schedule.bias_speed_tokens": 14.8e12,
   "schedule.batch_size": 1152,
   "schedule.batch_size_start": 1152,
   "train.tokens": 100e9,
+  "train.steps": 40_000,
 }

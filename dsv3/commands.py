@@ -11,6 +11,7 @@ from dsv3 import config, overlay
 from dsv3.cache import use_compilation_cache
 from dsv3.config import ConfigError
 from dsv3.data import batches, bpe, tokenizer
+from dsv3.data.rival import compressed_bpb
 from dsv3.eval import bpb
 from dsv3.infer.sample import generate
 from dsv3.plan import count
@@ -36,10 +37,10 @@ def _tokenizer(values: config.Config) -> tokenizer.Tokenizer:
 def train(arguments: argparse.Namespace) -> int:
   """Trains; 0 at the end, 128 + n after signal n."""
   tree = _values(arguments)
+  values = config.build(tree)
   if arguments.print_config:
     print(tree)
     return 0
-  values = config.build(tree)
   workdir = pathlib.Path(arguments.workdir or f"runs/{values.name}")
   given = run.Given(arguments.config, arguments.overrides, run.command_line())
   outcome = loop.train(values, workdir, given)
@@ -51,20 +52,26 @@ def train(arguments: argparse.Namespace) -> int:
   _summary(outcome, values)
   print(f"""
 The run is in {workdir}. Next:
-  {again} --config.train.steps={2 * outcome.steps}
+  {again} --config.train.steps={2 * outcome.steps} --config.train.max_minutes=0
   dsv3 sample --workdir={workdir} --prompt='def '
   dsv3 eval --workdir={workdir}
-  tensorboard --logdir={workdir}""")
+  pip install tensorboard && tensorboard --logdir={workdir}""")
   return 0
 
 
 def _summary(outcome: loop.Outcome, values: config.Config) -> None:
   print(f"\n{outcome.step} of {outcome.steps} steps done.")
+  if outcome.step < outcome.steps:
+    print(f"stopped by train.max_minutes = {values.train.max_minutes:g}")
   if outcome.score is None:
     return
-  rival = bpb.gzip_bits_per_byte(feed.heldout(values), _tokenizer(values))
-  print(f"held-out bits per byte  {outcome.score.bits_per_byte:.3f}")
-  print(f"gzip -9, the same text  {rival:.3f}")
+  texts = batches.Batches(values, 0, "heldout").texts()
+  print(
+    f"held-out bits per byte  {outcome.score.bits_per_byte:.3f}  "
+    f"on {outcome.score.bytes:,} bytes in rows of {values.data.seq_len} tokens\n"
+    f"gzip -9                 {compressed_bpb(texts):.3f}  "
+    "on all held-out documents whole"
+  )
   if outcome.max_vio is not None:
     print(
       f"MaxVio, last batch      {outcome.max_vio:.3f}\n"
@@ -171,8 +178,10 @@ def data(arguments: argparse.Namespace) -> None:
 
 def diff_paper(arguments: argparse.Namespace) -> None:
   """Table of all keys where a config departs from the report."""
-  paper = overlay.load("v3_671b")
-  pairs = overlay.difference(paper, _values(arguments))
+  paper = overlay.load(str(overlay.CONFIGS / "v3_671b.py"))
+  tree = _values(arguments)
+  config.build(tree)
+  pairs = overlay.difference(paper, tree)
   rows = [("key", "paper", "this config")]
   rows += [(key, str(a), str(b)) for key, (a, b) in pairs.items()]
   widths = [max(len(row[i]) for row in rows) for i in range(3)]

@@ -309,6 +309,12 @@ def _check_model(model: Model) -> None:
     attention.rope_dim,
     "an even number",
   )
+  _require(
+    model.rope.yarn_factor >= 1,
+    "model.rope.yarn_factor",
+    model.rope.yarn_factor,
+    "1 (plain) or more",
+  )
   if attention.kind == "gqa":
     _require(
       attention.n_heads % attention.n_kv_heads == 0,

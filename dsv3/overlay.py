@@ -37,6 +37,11 @@ def base_of(name: str) -> str | None:
   return str(_find(base, path.parent)) if base else None
 
 
+def text_of(name: str) -> str:
+  """The text of the config file `name`, to be kept with what it made."""
+  return _find(name, pathlib.Path.cwd()).read_text()
+
+
 def overlay(values: ConfigDict, diff: Mapping[str, Any]) -> ConfigDict:
   """Sets dotted keys of `values` in place; each must exist and fit its type."""
   for key, value in diff.items():
@@ -109,6 +114,8 @@ def _load(path: pathlib.Path, seen: tuple[pathlib.Path, ...]) -> ConfigDict:
     return module.get_config().lock()
   if not hasattr(module, "BASE") or not hasattr(module, "DIFF"):
     raise ConfigError(f"{path}: found neither get_config nor BASE and DIFF")
+  if not isinstance(module.DIFF, Mapping):
+    raise ConfigError(f"{path}: DIFF: found {module.DIFF!r}, wanted a dict")
   base = _load(_find(module.BASE, path.parent), (*seen, path))
   try:
     return overlay(base, module.DIFF)

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dsv3.data.rival import compressed_bpb
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.ops import balance
 from dsv3.ops.cross_entropy import cross_entropy
@@ -72,12 +71,3 @@ def _max_vio(load_XE: np.ndarray) -> float:
   if not load_XE.shape[0]:
     return 0.0
   return float(balance.max_violation(load_XE).mean())
-
-
-def gzip_bits_per_byte(batches: Iterable, tokens: Tokenizer) -> float:
-  """Bits per byte of `gzip -9` on the text that `score` reads."""
-  return compressed_bpb(
-    tokens.decode(labels_L[(labels_L >= 0) & (labels_L != tokens.eos_id)])
-    for batch in batches
-    for labels_L in batch.labels_BPL[:, 0]
-  )

@@ -129,13 +129,17 @@ class Checkpoints:
     """The newest checkpoint that can be read; None if there is none at all.
 
     A damaged one is reported and the one before it taken. With `set_aside` it
-    moves to `damaged/` beside the checkpoints, for its step will be saved
-    again; it is never deleted.
+    then moves to `damaged/` beside the checkpoints, for its step will be saved
+    again; it is never deleted. Where none can be read all stay: what ails them
+    may be the code.
     """
-    failures = []
+    failures, damaged = [], []
     for step in reversed(self.steps):
       try:
-        return step, *self.restore(step, like)
+        found = self.restore(step, like)
+        for newer in damaged if set_aside else ():
+          self._set_aside(newer)
+        return step, *found
       except CheckpointError:
         raise
       except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -143,8 +147,7 @@ class Checkpoints:
         reason = str(error).strip().split("\n")[0][:120]
         failures.append(f"{self.folder / str(step)} ({reason})")
         tell(f"damaged checkpoint: {failures[-1]}; trying the one before")
-        if set_aside:
-          self._set_aside(step)
+        damaged.append(step)
     if failures:
       raise CheckpointError(f"no checkpoint can be read: {failures[0]}")
     return None

@@ -183,7 +183,7 @@ class _Trainer:
             self._after_step(last, interrupts.signum)
         if stop:
           break
-    self.checkpoints.wait()
+      self.checkpoints.wait()  # a signal now must not cut the last save short
     return Outcome(
       self.workdir,
       self.done,

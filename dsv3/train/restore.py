@@ -12,7 +12,7 @@ from dsv3 import config
 from dsv3.config import ConfigError
 from dsv3.nn.transformer import Transformer
 from dsv3.train import run, state
-from dsv3.train.checkpoint import Checkpoints, abstract
+from dsv3.train.checkpoint import CheckpointError, Checkpoints, abstract
 
 
 class Trained(NamedTuple):
@@ -61,7 +61,11 @@ def restore(
   if step is None:
     step, found, _ = checkpoints.restore_newest(like, tell)
   elif step in checkpoints.steps:
-    found, _ = checkpoints.restore(step, like)
+    try:
+      found, _ = checkpoints.restore(step, like)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+      reason = str(error).strip().split("\n")[0][:120]
+      raise CheckpointError(f"checkpoint {step}: {reason}") from error
   else:
     known = ", ".join(map(str, checkpoints.steps))
     raise ConfigError(f"--step={step}: no such checkpoint; there are {known}")

@@ -93,8 +93,8 @@ def record(
   Raises OSError if the folder cannot be written.
   """
   changed = changes(workdir, values)
+  text = json.dumps(_description(workdir, values, given), indent=2)
   workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(_description(values, given), indent=2)
   # Renamed into place: a kill in between leaves the old file or the new one.
   draft = workdir / "config.json.new"
   draft.write_text(text + "\n")
@@ -105,17 +105,27 @@ def record(
   return changed
 
 
-def _description(values: config.Config, given: Given) -> dict[str, Any]:
+def _description(
+  workdir: pathlib.Path, values: config.Config, given: Given
+) -> dict[str, Any]:
+  """What config.json holds. A run that goes on keeps what it was given first."""
   resolved = dataclasses.asdict(values)
-  roots = ["v3_671b"]
+  path = workdir / "config.json"
+  if path.exists():
+    return json.loads(path.read_text()) | {"resolved": resolved}
+  roots = [str(overlay.CONFIGS / "v3_671b.py")]
   if given.config and (base := overlay.base_of(given.config)):
-    roots.append(pathlib.Path(base).stem)
+    roots.append(base)
   departures = {}
   for root in dict.fromkeys(roots):
     whole = dataclasses.asdict(config.build(overlay.load(root)))
-    departures[root] = overlay.difference(whole, resolved)
+    departures[pathlib.Path(root).stem] = overlay.difference(whole, resolved)
   return {
-    "given": {"config": given.config, "overrides": given.overrides},
+    "given": {
+      "config": given.config,
+      "text": overlay.text_of(given.config) if given.config else None,
+      "overrides": given.overrides,
+    },
     "departs_from": departures,
     "resolved": resolved,
   }

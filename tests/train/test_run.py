@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from dsv3 import config
+from dsv3 import config, overlay
 from dsv3.config import ConfigError
 from dsv3.train import run
 from tests import micro
@@ -21,7 +21,9 @@ def test_folder_holds_config_as_given_resolved_and_its_departures(tmp_path):
   given = run.Given("tiny", ("model.dim=32",), "dsv3 train --config=tiny")
   assert run.record(tmp_path / "a", values, given) == {}
   found = json.loads((tmp_path / "a" / "config.json").read_text())
-  assert found["given"] == {"config": "tiny", "overrides": ["model.dim=32"]}
+  assert found["given"]["config"] == "tiny"
+  assert found["given"]["text"] == (overlay.CONFIGS / "tiny.py").read_text()
+  assert found["given"]["overrides"] == ["model.dim=32"]
   assert found["departs_from"]["v3_671b"]["model.dim"] == [7168, 32]
   assert run.stored_config(tmp_path / "a") == values
   (start,) = lines(tmp_path / "a" / "starts.jsonl")
@@ -37,6 +39,27 @@ def test_departures_from_the_base_stand_beside_those_from_the_paper(tmp_path):
   found = json.loads((tmp_path / "a" / "config.json").read_text())
   assert found["departs_from"]["tiny"] == {"model.dim": [128, 64]}
   assert "model.n_layers" in found["departs_from"]["v3_671b"]
+
+
+def test_a_base_in_the_folder_of_its_diff_is_found_from_anywhere(tmp_path):
+  (tmp_path / "a.py").write_text('BASE = "tiny"\nDIFF = {"model.dim": 64}')
+  (tmp_path / "b.py").write_text('BASE = "a"\nDIFF = {"model.n_layers": 3}')
+  name = str(tmp_path / "b.py")
+  values = config.build(overlay.load(name))
+  run.record(tmp_path / "run", values, run.Given(name))
+  found = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert found["departs_from"]["a"] == {"model.n_layers": [4, 3]}
+
+
+def test_a_run_that_goes_on_keeps_what_it_was_given_first(tmp_path):
+  given = run.Given("tiny", ("model.dim=32",))
+  run.record(tmp_path, micro.config_of(), given)
+  first = json.loads((tmp_path / "config.json").read_text())
+  run.record(tmp_path, micro.config_of({"train.steps": 9}), run.Given())
+  found = json.loads((tmp_path / "config.json").read_text())
+  assert found["given"] == first["given"]
+  assert found["departs_from"] == first["departs_from"]
+  assert found["resolved"]["train"]["steps"] == 9
 
 
 def test_commit_is_that_of_the_clone(monkeypatch):
