@@ -31,5 +31,5 @@ setuptools.setup(
     "hf": ["torch==2.13.0", "transformers>=5.23"],
     "gpu": ["tokamax>=0.0.12"],
   },
-  entry_points={"console_scripts": ["dsv3 = dsv3.cli:main"]},
+  entry_points={"console_scripts": ["dsv3 = dsv3.__main__:main"]},
 )

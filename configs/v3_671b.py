@@ -120,6 +120,7 @@ def get_config() -> ConfigDict:
   train.log_every = 10  # ours
   train.eval_every = 1000  # ours
   train.eval_batches = 16  # ours
+  train.final_eval_batches = 256  # ours
   train.checkpoint_every = 1000  # ours
   train.checkpoints_kept = 2  # ours: the newest, and the best besides
   return config

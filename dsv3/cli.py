@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
   evaluate = add("eval", "bits per byte and expert balance on held-out text")
   _add_run(evaluate)
   evaluate.add_argument(
-    "--batches", type=_count, metavar="N", help="[train.eval_batches]"
+    "--batches", type=_count, metavar="N", help="[train.final_eval_batches]"
   )
 
   sample = add("sample", "write on from a prompt")
@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
   data = add("data", "the documents and tokens that a step reads", config=True)
   data.add_argument(
     "--step", type=_count, required=True, metavar="N", help="the first is 1"
+  )
+  data.add_argument(
+    "--workdir", metavar="DIR", help="of a run: its config and position"
   )
   data.add_argument("--rows", type=_count, default=4, metavar="N", help="[4]")
 
@@ -166,7 +169,3 @@ def main(words: Sequence[str] | None = None) -> int:
 def _fail(error: object, code: int) -> int:
   print(f"dsv3: error: {error}", file=sys.stderr)
   return code
-
-
-if __name__ == "__main__":
-  sys.exit(main())

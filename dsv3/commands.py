@@ -3,6 +3,8 @@
 import argparse
 import pathlib
 import signal
+import sys
+import textwrap
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
@@ -47,7 +49,13 @@ def train(arguments: argparse.Namespace) -> int:
   again = f"dsv3 train --workdir={workdir}"
   if outcome.signum:
     name = signal.Signals(outcome.signum).name
-    print(f"{name}: stopped after step {outcome.step}; go on with\n  {again}")
+    saved = ""
+    if outcome.saved != outcome.step:
+      left = "nothing" if outcome.saved is None else f"step {outcome.saved}"
+      saved = f" (its updates were being left out; saved is {left})"
+    print(
+      f"{name}: stopped after step {outcome.step}{saved}; go on with\n  {again}"
+    )
     return 128 + outcome.signum
   _summary(outcome, values)
   print(f"""
@@ -77,6 +85,9 @@ def _summary(outcome: loop.Outcome, values: config.Config) -> None:
       f"MaxVio, last batch      {outcome.max_vio:.3f}\n"
       f"MaxVio, held-out text   {outcome.score.max_vio:.3f}"
     )
+  if outcome.saved is None:
+    print("no checkpoint: the last updates were left out, none is sampled")
+    return
   prompt = "def "
   trained = restore(outcome.workdir)
   print(f"\na sample, from {prompt!r}:\n")
@@ -87,12 +98,19 @@ def evaluate(arguments: argparse.Namespace) -> None:
   """Held-out score of a checkpoint."""
   use_compilation_cache()
   trained = restore(arguments.workdir, arguments.step, ema=arguments.ema)
+  values = trained.values
+  heldout = batches.Batches(values, 0, "heldout")
+  if change := loop.other_text(
+    trained.meta, batches.Batches(values, values.train.seed)
+  ):
+    print(f"{change}: not the text that the run has logged", file=sys.stderr)
+  n_batches = arguments.batches or values.train.final_eval_batches
   score = bpb.score(
     trained.graphdef,
     trained.params,
     trained.router,
-    feed.heldout(trained.values, arguments.batches),
-    _tokenizer(trained.values),
+    feed.heldout(heldout, values.schedule.batch_size, n_batches),
+    heldout.tokenizer,
   )
   print(f"{arguments.workdir}, step {trained.step}, held-out text:")
   print(f"  bits per byte        {score.bits_per_byte:.4f}")
@@ -159,20 +177,28 @@ def _stream(ids: Iterator[int], tokens) -> Iterator[str]:
 
 def data(arguments: argparse.Namespace) -> None:
   """The rows that a step reads: their documents and their text."""
-  values = config.build(_values(arguments))
+  tree, ahead = _values(arguments), 0
+  if arguments.workdir:
+    # The schedule that held at the step, which more steps may have moved.
+    steps, position = run.position_of(arguments.workdir, arguments.step)
+    overlay.overlay(tree, {"train.steps": steps})
+    ahead = position.sequences_ahead
+  values = config.build(tree)
   plan = schedule.make(values)
-  first = plan.first_sequence(arguments.step - 1)
+  first = plan.first_sequence(arguments.step - 1) + ahead
   size = plan.batch_size(arguments.step - 1)
+  shown = min(size, arguments.rows)
   source = batches.Batches(values, values.train.seed)
   print(
     f"step {arguments.step}: rows {first:,} to {first + size - 1:,} of "
-    f"{values.data.seq_len} tokens"
+    f"{values.data.seq_len} tokens; {shown} of {size} rows are shown"
   )
-  for row in source.describe(first, min(size, arguments.rows)):
+  for row in source.describe(first, shown):
     print(f"\n=== row {row.row:,}: {row.source}, epoch {row.epoch}")
     for name, span in row.spans:
       fim = ", fill in the middle" if span.in_fim else ""
       print(f"--- {name}: tokens {span.begin:,} to {span.end:,}{fim}")
+    print(textwrap.fill("ids: " + " ".join(map(str, row.tokens)), width=80))
     print(row.text)
 
 

@@ -188,7 +188,8 @@ class Train:
   max_skipped: int
   log_every: int
   eval_every: int
-  eval_batches: int
+  eval_batches: int  # held-out batches while training goes on
+  final_eval_batches: int  # at the end and of `dsv3 eval`
   checkpoint_every: int
   checkpoints_kept: int
 
@@ -284,6 +285,7 @@ def check(config: Config) -> None:
     f"{len(data.weights)} weights",
     f"one for each of the {len(data.sources)} sources, or none",
   )
+  _require(train.seed < 2**32, "train.seed", train.seed, "less than 2**32")
   _require(len(data.sources) > 0, "data.sources", "none", "at least one")
   stair = schedule.batch_size - schedule.batch_size_start
   _require(
@@ -358,7 +360,7 @@ _MAY_BE_ZERO = frozenset(
   "mtp_weight_tokens bias_speed bias_speed_tokens balance_weight z_weight "
   "batch_ramp_tokens lr_last_tokens lr_constant_tokens lr_cosine_tokens "
   "lr_end lr_last seed steps max_minutes ema_decay max_skipped eval_every "
-  "eval_batches checkpoint_every b1 b2".split()
+  "eval_batches final_eval_batches checkpoint_every b1 b2".split()
 )
 _SHARES = frozenset("fim_rate split_rate heldout ema_decay b1 b2".split())
 

@@ -111,7 +111,10 @@ def _load(path: pathlib.Path, seen: tuple[pathlib.Path, ...]) -> ConfigDict:
     raise ConfigError(f"{path}: BASE leads back to itself")
   module = _module(path)
   if hasattr(module, "get_config"):
-    return module.get_config().lock()
+    try:
+      return module.get_config().lock()
+    except Exception as error:
+      raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
   if not hasattr(module, "BASE") or not hasattr(module, "DIFF"):
     raise ConfigError(f"{path}: found neither get_config nor BASE and DIFF")
   if not isinstance(module.DIFF, Mapping):

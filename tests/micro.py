@@ -37,6 +37,7 @@ DIFF = {
   "train.log_every": 1,
   "train.eval_every": 0,
   "train.eval_batches": 2,
+  "train.final_eval_batches": 2,
   "train.checkpoint_every": 2,
 }
 

@@ -15,13 +15,14 @@ OUTSIDE = {  # layer: packages from outside that it may import, if limited
   "configs": {"ml_collections"},
   "oracle": {"numpy"},
 }
-LOWER = {"config", "overlay", "cache"}
+LOWER = {"config", "overlay", "cache", "huge_pages"}
 MODEL = LOWER | {"ops", "nn", "parallel", "data"}
 USERS = {"train", "infer", "eval", "hf", "plan"}
 INSIDE = {  # layer: layers of ours that it may import
   "config": set(),
   "overlay": {"config"},
   "cache": set(),
+  "huge_pages": set(),
   "ops": set(),
   "nn": {"ops", "config"},
   "parallel": {"ops", "config"},
@@ -30,7 +31,7 @@ INSIDE = {  # layer: layers of ours that it may import
   "configs": set(),
   "oracle": set(),
 }
-TOP = {"cli", "commands", "lab", "bench"}  # these import everything
+TOP = {"__main__", "cli", "commands", "lab", "bench"}  # these import everything
 FORBIDDEN = {"data": {"jax", "flax", "optax"}}
 # tokamax is optional and imported where it is asked for.
 LAZY = {"dsv3/ops/grouped.py": {"tokamax"}}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3 import config, overlay
+from dsv3.huge_pages import restart_with_huge_pages
 from dsv3.plan import count
 from dsv3.train import optimizer, schedule, state, step
 
@@ -85,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  restart_with_huge_pages()  # as the dsv3 command does
   main()

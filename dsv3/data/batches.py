@@ -33,7 +33,7 @@ class SourceReport(NamedTuple):
   source: str
   documents: int
   tokens: int
-  bytes: int
+  bytes: int  # of text
   share: float  # of the rows
   epochs: float
 
@@ -45,6 +45,7 @@ class RowReport(NamedTuple):
   source: str
   epoch: int
   spans: tuple[tuple[str, Span], ...]  # each with its document's name
+  tokens: np.ndarray  # seq_len + 1: the last is a label only
   text: str
 
 
@@ -114,6 +115,16 @@ class Batches:
     labels_BPL = labels(tokens, segments, 1 + self._depth)
     return Batch(tokens[:, :-1], labels_BPL, segments[:, :-1])
 
+  def identity(self) -> list[list]:
+    """Source, digest of its tokens and documents in this split, of each source.
+
+    What a checkpoint keeps, so that a run or an evaluation over other text
+    than before is noticed.
+    """
+    return [
+      [p.corpus.source, p.corpus.digest, len(p.ids)] for p in self.packings
+    ]
+
   def report(self, rows: int) -> list[SourceReport]:
     """What each source gives to the first `rows` rows of the run."""
     shares = self._order.counts / self._order.counts.sum()
@@ -141,7 +152,7 @@ class Batches:
       source = self.packings[i].corpus.source
       spans = tuple((names[i][span.document], span) for span in row.spans)
       text = self.tokenizer.decode(row.tokens)
-      out.append(RowReport(n, source, row.epoch, spans, text))
+      out.append(RowReport(n, source, row.epoch, spans, row.tokens, text))
     return out
 
   def texts(self) -> Iterator[str]:
@@ -168,11 +179,6 @@ class Batches:
         f"config.data.heldout: found {data.heldout}, which holds {n} documents "
         f"out, wanted {data.seq_len + 1} tokens of them: raise it"
       )
-
-
-def heldout(config: schema.Config, count: int) -> Batch:
-  """The first `count` rows of the held-out text, the same in every run."""
-  return Batches(config, 0, "heldout").rows(0, count)
 
 
 def labels(tokens: np.ndarray, segments: np.ndarray, n: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from dsv3.data import sources
 from dsv3.data.sources import Document
 from dsv3.data.tokenizer import Tokenizer
 
-_VERSION = 1  # of the format and of what sources and tokenizers make
+_VERSION = 2  # of the format and of what sources and tokenizers make
 _CHUNK = 4 << 20  # characters that are tokenised at once
 _UNREADABLE = OSError, EOFError, ValueError, LookupError, TypeError, BadZipFile
 
@@ -34,6 +34,7 @@ class Corpus(NamedTuple):
   source: str
   folder: pathlib.Path
   tokens: np.ndarray
+  digest: str  # of tokens.bin: equal digests, equal text
   start: np.ndarray  # n + 1: document i is tokens[start[i] : start[i + 1]]
   n_bytes: np.ndarray
   n_splittable: np.ndarray
@@ -110,6 +111,7 @@ def _write(folder, documents, tokenizer, source, size) -> None:
   dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
   first_W = tokenizer.splits.first_W
   names, rows = [], []
+  digest = hashlib.blake2b(digest_size=16)
   # Nothing is shown for what takes less than a second.
   bar = tqdm.tqdm(
     total=size, unit="B", unit_scale=True, delay=1, desc=f"tokenise {source}"
@@ -119,7 +121,9 @@ def _write(folder, documents, tokenizer, source, size) -> None:
       for document, ids in zip(
         chunk, tokenizer.encode_batch([d.text for d in chunk])
       ):
-        out.write(ids.astype(dtype).tobytes())
+        raw = ids.astype(dtype).tobytes()
+        out.write(raw)
+        digest.update(raw)
         n_bytes = len(document.text.encode())
         n_splittable = int((first_W[ids] >= 0).sum())
         rows.append((len(ids), n_bytes, n_splittable, document.chance))
@@ -141,6 +145,7 @@ def _write(folder, documents, tokenizer, source, size) -> None:
     "source": source,
     "tokenizer": tokenizer.digest,
     "dtype": dtype.name,
+    "digest": digest.hexdigest(),
   }
   (folder / "meta.json").write_text(json.dumps(meta, indent=2))
 
@@ -166,7 +171,7 @@ def open_folder(
     with np.load(folder / "index.npz") as file:
       index = {name: file[name] for name in file.files}
     tokens = np.memmap(folder / "tokens.bin", meta["dtype"], mode="r")
-    corpus = Corpus(source, folder, tokens, **index)
+    corpus = Corpus(source, folder, tokens, meta["digest"], **index)
     identity = meta["version"], meta["tokenizer"]
   except _UNREADABLE as error:
     raise ConfigError(

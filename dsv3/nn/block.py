@@ -14,7 +14,7 @@ from dsv3.ops.gemm import Gemm
 
 # What the report keeps (Sec. 3.2.3): it recomputes norms, MLA up-projections
 # and SwiGLU, so the latents, the attention's output and SwiGLU's inputs stay.
-KEPT = "c_q c_kv k_r attention_out attention_lse middle ffn_gate ffn_up".split()
+KEPT = "c_q c_kv k_r attention_out attention_lse middle ffn_gate_up".split()
 
 
 def make_attention(
@@ -67,6 +67,13 @@ def stack(make, n: int, key: jax.Array) -> nnx.Module:
   return jax.vmap(make)(jax.random.split(key, n))
 
 
+def unstack(blocks) -> list[nnx.Module]:
+  """The modules of a `stack`. Splits: their gradients are joined in one pass."""
+  arrays, structure = jax.tree.flatten(blocks)
+  layers = zip(*(jnp.split(a, len(a)) for a in arrays))
+  return [jax.tree.unflatten(structure, [a[0] for a in l]) for l in layers]
+
+
 def run(block, x_BLD, segments_BL, remat: str):
   """A block under the remat policy of `model.remat`."""
   call = lambda block, x, segments: block(x, segments)
@@ -86,9 +93,8 @@ def run_stack(blocks, x_BLD, segments_BL, model: config.Model):
 
   if model.layers == "scan":
     return jax.lax.scan(body, x_BLD, blocks)
-  n_layers = jax.tree.leaves(blocks)[0].shape[0]
   traffics = []
-  for i in range(n_layers):
-    x_BLD, traffic = body(x_BLD, jax.tree.map(lambda a, i=i: a[i], blocks))
+  for block in unstack(blocks):
+    x_BLD, traffic = body(x_BLD, block)
     traffics.append(traffic)
   return x_BLD, jax.tree.map(lambda *a: jnp.stack(a), *traffics)

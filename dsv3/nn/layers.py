@@ -32,43 +32,61 @@ class RmsNorm(nnx.Module):
 
 
 @jax.custom_vjp
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """silu(gate) * up, in float32; kept are its inputs alone (Sec. 3.2.3).
+def swiglu(gate_up: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+  """silu(gate) * up, times a row's weight; kept are its inputs (Sec. 3.2.3).
 
   Autodiff would keep the sigmoid and the silu as well.
+
+  Args:
+    gate_up: [..., 2, F], the gates and what they open.
+    weight: [...], float32, one a row; None is one.
+
+  Returns:
+    [..., F] in the type of gate_up, computed in float32 and rounded once.
   """
-  gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
-  return (gate32 * jax.nn.sigmoid(gate32) * up32).astype(gate.dtype)
+  gate, up = (gate_up[..., i, :].astype(jnp.float32) for i in (0, 1))
+  hidden = gate * jax.nn.sigmoid(gate) * up
+  if weight is not None:
+    hidden *= weight[..., None]
+  return hidden.astype(gate_up.dtype)
 
 
-def _swiglu_forward(gate, up):
-  return swiglu(gate, up), (gate, up)
+def _swiglu_forward(gate_up, weight):
+  return swiglu(gate_up, weight), (gate_up, weight)
 
 
 def _swiglu_backward(saved, gradient):
-  gate, up, gradient = (x.astype(jnp.float32) for x in (*saved, gradient))
+  gate_up, weight = saved
+  gate, up = (gate_up[..., i, :].astype(jnp.float32) for i in (0, 1))
+  gradient = gradient.astype(jnp.float32)
   sigmoid = jax.nn.sigmoid(gate)
+  dweight = None
+  if weight is not None:
+    dweight = jnp.sum(gradient * gate * sigmoid * up, axis=-1)
+    gradient *= weight[..., None]
   dgate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
   dup = gradient * gate * sigmoid
-  return dgate.astype(saved[0].dtype), dup.astype(saved[1].dtype)
+  return jnp.stack([dgate, dup], axis=-2).astype(gate_up.dtype), dweight
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class Ffn(nnx.Module):
-  """The SwiGLU network: a dense layer's FFN, or the shared experts."""
+  """The SwiGLU network: a dense layer's FFN, or the shared experts.
+
+  Gate and up stand side by side in one weight [D, 2, F]: one matmul for both.
+  """
 
   def __init__(
     self, dim: int, hidden: int, *, std: float, gemm: Gemm, key: jax.Array
   ):
-    keys = jax.random.split(key, 3)
-    self.w_gate = weight(keys[0], (dim, hidden), std)
-    self.w_up = weight(keys[1], (dim, hidden), std)
-    self.w_down = weight(keys[2], (hidden, dim), std)
+    key_in, key_out = jax.random.split(key)
+    self.w_gate_up = weight(key_in, (dim, 2, hidden), std)
+    self.w_down = weight(key_out, (hidden, dim), std)
     self.gemm = gemm
 
   def __call__(self, u: jax.Array) -> jax.Array:
-    gate = checkpoint_name(self.gemm.dot(u, self.w_gate[...]), "ffn_gate")
-    up = checkpoint_name(self.gemm.dot(u, self.w_up[...]), "ffn_up")
-    return self.gemm.dot(swiglu(gate, up), self.w_down[...])
+    gate_up = self.gemm.dot(u, self.w_gate_up[...])
+    hidden = swiglu(checkpoint_name(gate_up, "ffn_gate_up"))
+    return self.gemm.dot(hidden, self.w_down[...])

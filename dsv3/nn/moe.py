@@ -67,18 +67,25 @@ class Experts(nnx.Module):
   """The routed experts' SwiGLU networks, over rows sorted by expert."""
 
   def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):
-    keys = jax.random.split(key, 3)
+    key_in, key_out = jax.random.split(key)
     n, d, f = model.moe.n_routed, model.dim, model.moe.hidden
-    self.w_gate = weight(keys[0], (n, d, f), model.init_std)
-    self.w_up = weight(keys[1], (n, d, f), model.init_std)
-    self.w_down = weight(keys[2], (n, f, d), model.init_std)
+    self.w_gate_up = weight(key_in, (n, d, 2, f), model.init_std)
+    self.w_down = weight(key_out, (n, f, d), model.init_std)
     self.gemm = gemm
 
-  def __call__(self, x_AD: jax.Array, load_E: jax.Array) -> jax.Array:
-    dot = self.gemm.grouped_dot
-    gate_AF = checkpoint_name(dot(x_AD, self.w_gate[...], load_E), "ffn_gate")
-    up_AF = checkpoint_name(dot(x_AD, self.w_up[...], load_E), "ffn_up")
-    return dot(swiglu(gate_AF, up_AF), self.w_down[...], load_E)
+  def __call__(
+    self, x_AD: jax.Array, gate_A: jax.Array, load_E: jax.Array
+  ) -> jax.Array:
+    """Each row through its expert, times its gate (a summand of Eq. 12).
+
+    The gate multiplies before w_down, which is linear: the backward pass then
+    needs no output of an expert, the widest activation of a layer.
+    """
+    w_EDI = self.w_gate_up[...].reshape(*self.w_gate_up.shape[:2], -1)
+    gate_up_AI = self.gemm.grouped_dot(x_AD, w_EDI, load_E)
+    gate_up_AI = checkpoint_name(gate_up_AI, "ffn_gate_up")
+    hidden_AF = swiglu(gate_up_AI.reshape(len(x_AD), 2, -1), gate_A)
+    return self.gemm.grouped_dot(hidden_AF, self.w_down[...], load_E)
 
 
 class Moe(nnx.Module):
@@ -112,9 +119,9 @@ class Moe(nnx.Module):
     )
     with jax.named_scope("eq12"):
       x_AD = dispatch.dispatch(u_TD, plan)
-      y_AD = self.experts(x_AD, plan.load_E)
-      y_TD = dispatch.combine(y_AD, routed.gate_TK, plan).astype(u_TD.dtype)
-      y_BLD = y_TD.reshape(u_BLD.shape)
+      gate_A = dispatch.sort_gates(routed.gate_TK, plan)
+      y_AD = self.experts(x_AD, gate_A, plan.load_E)
+      y_BLD = dispatch.combine(y_AD, plan).reshape(u_BLD.shape)
       if m.n_shared:
         y_BLD = y_BLD + self.shared(u_BLD)
     count_BE, mass_BE = balance.sequence_statistics(

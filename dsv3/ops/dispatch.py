@@ -54,41 +54,49 @@ def _dispatch_forward(x_TD, plan):
 
 
 def _dispatch_backward(plan, dx_AD):
-  dx_TD = sum(dx_AD[place_T].astype(jnp.float32) for place_T in plan.place_TK.T)
-  return dx_TD.astype(dx_AD.dtype), None
+  return _gather_sum(dx_AD, plan), None
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def combine(y_AD: jax.Array, gate_TK: jax.Array, plan: Plan) -> jax.Array:
-  """Sum over a token's experts of gate times output (the sum of Eq. 12).
+def sort_gates(gate_TK: jax.Array, plan: Plan) -> jax.Array:
+  """The gate of every sorted assignment: [A]."""
+  return gate_TK.reshape(-1)[plan.order_A]
 
-  float32: [T, D]. `y_AD` are the rows of `dispatch`, after the experts.
+
+def _sort_gates_forward(gate_TK, plan):
+  return sort_gates(gate_TK, plan), plan
+
+
+def _sort_gates_backward(plan, dgate_A):
+  return dgate_A[plan.place_TK], None
+
+
+sort_gates.defvjp(_sort_gates_forward, _sort_gates_backward)
+
+
+@jax.custom_vjp
+def combine(y_AD: jax.Array, plan: Plan) -> jax.Array:
+  """Sum over a token's experts of their gated outputs (the sum of Eq. 12).
+
+  [T, D] in the type of y_AD, summed in float32. The transpose of `dispatch`.
   """
-  return sum(
-    gate_T[:, None] * y_AD[place_T].astype(jnp.float32)
-    for gate_T, place_T in zip(gate_TK.T, plan.place_TK.T)
-  )
+  return _gather_sum(y_AD, plan)
 
 
-def _combine_forward(y_AD, gate_TK, plan):
-  return combine(y_AD, gate_TK, plan), (y_AD, gate_TK, plan)
+def _gather_sum(y_AD, plan):
+  y_TD = sum(y_AD[place_T].astype(jnp.float32) for place_T in plan.place_TK.T)
+  return y_TD.astype(y_AD.dtype)
 
 
-def _combine_backward(saved, dy_TD):
-  y_AD, gate_TK, plan = saved
-  gate_A = gate_TK.reshape(-1)[plan.order_A]
-  dy_AD = gate_A[:, None] * dy_TD[_token(plan)]
-  dgate_TK = jnp.stack(
-    [
-      jnp.sum(y_AD[place_T].astype(jnp.float32) * dy_TD, axis=-1)
-      for place_T in plan.place_TK.T
-    ],
-    axis=-1,
-  )
-  return dy_AD.astype(y_AD.dtype), dgate_TK.astype(gate_TK.dtype), None
+def _combine_forward(y_AD, plan):
+  return combine(y_AD, plan), plan
+
+
+def _combine_backward(plan, dy_TD):
+  return dy_TD[_token(plan)], None
 
 
 combine.defvjp(_combine_forward, _combine_backward)

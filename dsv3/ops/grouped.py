@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 KERNELS = ("auto", "dense", "tiles", "ragged", "tokamax")
-TILES = (256, 64)  # rows, large then small; measured with F 192, D 256 and 512
+TILES = (256, 128)  # rows, large then small; measured with F 192, D 256 and 512
 
 
 def grouped_matmul(

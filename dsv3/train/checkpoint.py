@@ -6,7 +6,7 @@ own, so that evaluation reads the parameters alone:
   params ema       nested dicts by name: moe/attention/w_uk; float32
   router           moe/ffn/router/bias; float32
   optimizer        1/first/..., 1/second/...: the moments; 1/count
-  counters         step, skipped
+  counters         step, skipped, skipped_total
   meta             JSON: data position, seed, type of every array
 
 Orbax writes to a folder of another name and renames it, so a killed save
@@ -27,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers
 from dsv3.train.state import TrainState
 
 Trees = dict[str, Any]  # name of an item -> pytree
+COUNTERS = ("step", "skipped", "skipped_total")
 
 
 class CheckpointError(RuntimeError):
@@ -40,7 +41,7 @@ def trees_of(state: TrainState, host_ema: Any = None) -> Trees:
     "router": state.router,
     "optimizer": state.opt_state,
     "ema": state.ema if host_ema is None else host_ema,
-    "counters": {"step": state.step, "skipped": state.skipped},
+    "counters": {name: getattr(state, name) for name in COUNTERS},
   }
   return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
@@ -48,12 +49,11 @@ def trees_of(state: TrainState, host_ema: Any = None) -> Trees:
 def state_of(trees: Mapping[str, Any], like: TrainState) -> TrainState:
   """The TrainState in `trees`; what has no arrays comes from `like`."""
   return TrainState(
-    step=trees["counters"]["step"],
+    **{name: trees["counters"][name] for name in COUNTERS},
     params=trees["params"],
     opt_state=trees.get("optimizer", like.opt_state),
     router=trees.get("router", like.router),
     ema=None if like.ema is None else trees["ema"],
-    skipped=trees["counters"]["skipped"],
   )
 
 

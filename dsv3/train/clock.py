@@ -8,7 +8,7 @@ class Clock:
   """Speed of training, without pauses; what is left of steps or minutes."""
 
   def __init__(self, started: float, limit: float, steps: int):
-    self._deadline, self._steps = started + limit, steps
+    self.started, self._deadline, self._steps = started, started + limit, steps
     self._marks: list[tuple[float, int, int]] = []  # time, step, tokens
     self._pause = 0.0
 

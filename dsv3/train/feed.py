@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from dsv3 import config
 from dsv3.data import batches
 from dsv3.train.schedule import Schedule
@@ -23,17 +21,12 @@ def training(
     yield Batch(*source.rows(first, schedule.batch_size(step)))
 
 
-def heldout(values: config.Config, n_batches: int | None = None) -> list[Batch]:
-  """The first held-out batches; None: `train.eval_batches` of them.
+def heldout(
+  source: batches.Batches, batch_size: int, n_batches: int
+) -> Iterator[Batch]:
+  """The first `n_batches` of the held-out text, the same in every run.
 
-  Fewer where there is no more text; its last batch may end in padding.
+  Fewer where there is no more text; the last may end in padding.
   """
-  if n_batches is None:
-    n_batches = values.train.eval_batches
-  if not n_batches:
-    return []
-  size = values.schedule.batch_size
-  rows = batches.heldout(values, n_batches * size)
-  parts = [np.split(x, n_batches) for x in rows]
-  made = [Batch(*part) for part in zip(*parts)]
-  return [batch for batch in made if (batch.labels_BPL >= 0).any()]
+  for i in range(min(n_batches, -(-source.n_rows // batch_size))):
+    yield Batch(*source.rows(i * batch_size, batch_size))

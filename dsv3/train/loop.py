@@ -11,6 +11,8 @@ import functools
 import math
 import pathlib
 import time
+from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -30,6 +32,15 @@ from dsv3.train.logs import MetricsLog, Progress
 from dsv3.train.step import train_step
 
 
+def other_text(meta: Mapping[str, Any], data: Batches) -> str | None:
+  """How the text of a checkpoint and what is found now differ, or None."""
+  found, wanted = data.identity(), meta["corpus"]
+  if found == wanted:
+    return None
+  pairs = [p for p in zip_longest(found, wanted) if p[0] != p[1]]
+  return f"corpus: found {pairs[0][0]}, the checkpoint's is {pairs[0][1]}"
+
+
 class RunFailed(RuntimeError):
   """A run that cannot go on: one line, with what is left of it."""
 
@@ -41,8 +52,9 @@ class Outcome:
   workdir: pathlib.Path
   step: int  # steps done in all
   steps: int  # steps wanted
+  saved: int | None  # step of the newest checkpoint
   signum: int | None  # the signal that stopped it
-  score: bpb.Score | None  # on held-out text, at `step`
+  score: bpb.Score | None  # on `final_eval_batches` of held-out text, at `step`
   max_vio: float | None  # of the last batch
 
 
@@ -77,21 +89,28 @@ class _Trainer:
     self.schedule = schedule.make(values)
     self.data = Batches(values, values.train.seed)
     self.tokenizer = self.data.tokenizer
-    self._corpus = [
-      [p.corpus.source, len(p.ids), p.n_tokens] for p in self.data.packings
-    ]
-    self.heldout = feed.heldout(values)
+    self.heldout = self._heldout()
+    self.folder = contextlib.ExitStack()
+    self.folder.enter_context(run.locked(workdir))
     changed = run.record(workdir, values, given)
     self.checkpoints = Checkpoints(
       workdir / "checkpoints", kept=values.train.checkpoints_kept
     )
     self._restore()
+    position = run.Position(self.done, self.sequences_ahead)
+    run.record_start(workdir, given, values.train.steps, changed, position)
     self.log = MetricsLog(workdir, self.done)
     self.progress = Progress(self.done, self.schedule.steps)
     self._greet(changed)
     self.skipped = 0
-    self.score: bpb.Score | None = None
+    self._first_step_at: int | None = None
     self.max_vio: float | None = None
+
+  def _heldout(self) -> Batches | None:
+    train_values = self.values.train
+    if not max(train_values.eval_batches, train_values.final_eval_batches):
+      return None
+    return Batches(self.values, 0, "heldout")
 
   def _restore(self) -> None:
     """State, step and data position: from the newest checkpoint, or new."""
@@ -122,11 +141,8 @@ class _Trainer:
       self.state, average = state_of(trees, like), trees.get("ema")
       # A run may go on with more steps, which moves the stairs of a batch
       # ramp; the data still goes on from the first sequence not yet seen.
-      if meta["corpus"] != self._corpus:
-        print(
-          f"corpus: found {self._corpus}, wanted {meta['corpus']}: "
-          "from here on the run reads other text"
-        )
+      if change := other_text(meta, self.data):
+        print(f"{change}: from here on the run reads other text")
       planned = self.schedule.first_sequence(self.done)
       self.sequences_ahead = meta["sequences"] - planned
     decay = train_values.ema_decay
@@ -135,6 +151,8 @@ class _Trainer:
   def _greet(self, changed: dict[str, tuple[Any, Any]]) -> None:
     for key, (old, new) in changed.items():
       self.progress.tell(f"{key}: {old} -> {new}")
+    if "train.steps" in changed and self.values.schedule.time == "share":
+      self._tell_stretched(changed["train.steps"][0])
     if self.done:
       self.progress.tell(f"{self.workdir}: goes on after step {self.done}")
     size = count.parameters(self.values.model)
@@ -146,9 +164,20 @@ class _Trainer:
     )
     for part in self.data.report(self._sequences(self.schedule.steps)):
       self.progress.tell(
-        f"{part.source}: {part.documents:,} documents, {part.tokens:,} tokens, "
+        f"{part.source}: {part.documents:,} documents, {part.bytes:,} bytes, "
+        f"{part.tokens:,} tokens, "
         f"{part.share:.0%} of the rows, {part.epochs:.2f} epochs"
       )
+
+  def _tell_stretched(self, steps_before: int) -> None:
+    """A schedule in shares of the run is another one when the run is longer."""
+    train_values = dataclasses.replace(self.values.train, steps=steps_before)
+    before = schedule.make(dataclasses.replace(self.values, train=train_values))
+    old, new = (float(s(self.done).lr) for s in (before, self.schedule))
+    self.progress.tell(
+      "schedule.time = share: the schedule stretches with the run; the next "
+      f"step's learning rate goes from {old:.2e} to {new:.2e}"
+    )
 
   def _sequences(self, done: int) -> int:
     """Sequences read when `done` steps are done: the data position."""
@@ -177,19 +206,22 @@ class _Trainer:
         if (
           last or self._is_due("eval_every") or self._is_due("checkpoint_every")
         ):
-          self._settle(*waiting, clock)
+          self._settle(*waiting, clock, last=last)
           waiting = None
           with clock.paused():
             self._after_step(last, interrupts.signum)
         if stop:
           break
+      score = None if interrupts.signum else self._evaluate_at_the_end()
       self.checkpoints.wait()  # a signal now must not cut the last save short
+    saved = self.checkpoints.steps
     return Outcome(
       self.workdir,
       self.done,
       self.schedule.steps,
+      saved[-1] if saved else None,
       interrupts.signum,
-      self.score,
+      score,
       self.max_vio,
     )
 
@@ -205,7 +237,9 @@ class _Trainer:
         f"step {self.done + 1}: batch size {before} -> {size}; compiles again"
       )
 
-  def _settle(self, step: int, metrics, labels_BPL, clock: "Clock") -> None:
+  def _settle(
+    self, step: int, metrics, labels_BPL, clock: Clock, *, last: bool = False
+  ) -> None:
     """Waits for a step; logs it, and stops a run that diverges."""
     metrics = jax.device_get(metrics)
     tokens = int(metrics["batch_tokens"])
@@ -213,7 +247,11 @@ class _Trainer:
     self.skipped = int(metrics["skipped"])
     if self.skipped:
       self._tell_skipped(step)
-    if step % self.values.train.log_every and step != self.schedule.steps:
+    if self._first_step_at is None:
+      self._first_step_at = step
+      seconds = time.monotonic() - clock.started
+      self.progress.tell(f"step {step} done {seconds:.1f} s after the start")
+    if step % self.values.train.log_every and not last:
       return
     labels = labels_BPL[:, 0]
     n_bytes = self.tokenizer.token_bytes(labels[labels >= 0])
@@ -251,32 +289,42 @@ class _Trainer:
     return count.flops_per_token(self.values.model, self.values.data.seq_len)
 
   def _after_step(self, last: bool, signum: int | None) -> None:
-    """Evaluates and saves, if it is time; a signal gets no evaluation."""
-    if self.heldout and not signum and (last or self._is_due("eval_every")):
-      self.score = self._evaluate()
-    if last or self._is_due("checkpoint_every"):
-      self._save()
+    """Evaluates and saves, if it is time; a signal gets no evaluation.
 
-  def _evaluate(self) -> bpb.Score:
+    What is saved is scored, or the best checkpoint would not be the best.
+    """
+    save = last or self._is_due("checkpoint_every")
+    score = None
+    if not signum and (save or self._is_due("eval_every")):
+      score = self._evaluate("heldout", self.values.train.eval_batches)
+    if save:
+      self._save(score)
+
+  def _evaluate_at_the_end(self) -> bpb.Score | None:
+    """On more text than in between; a signal is not heeded any more."""
+    n_batches = self.values.train.final_eval_batches
+    return self._evaluate("heldout_final", n_batches)
+
+  def _evaluate(self, name: str, n_batches: int) -> bpb.Score | None:
+    if not n_batches:
+      return None
+    size = self.values.schedule.batch_size
     score = bpb.score(
       self.graphdef,
       self.state.params,
       self.state.router,
-      self.heldout,
+      feed.heldout(self.heldout, size, n_batches),
       self.tokenizer,
     )
-    named = {f"heldout/{k}": v for k, v in score._asdict().items()}
+    named = {f"{name}/{k}": v for k, v in score._asdict().items()}
     self.log.write(self.done, named)
     self.progress.tell(
-      f"step {self.done}: held-out {score.bits_per_byte:.3f} bits/byte, "
-      f"loss {score.loss:.3f}, MaxVio {score.max_vio:.2f}"
+      f"step {self.done}: held-out {score.bits_per_byte:.3f} bits/byte on "
+      f"{score.bytes:,} bytes, loss {score.loss:.3f}, MaxVio {score.max_vio:.2f}"
     )
-    self._scored_step = self.done
     return score
 
-  _scored_step = -1
-
-  def _save(self) -> None:
+  def _save(self, score: bpb.Score | None) -> None:
     """A checkpoint, unless the last updates were left out.
 
     Then the weights may be on their way to divergence: the run has still to
@@ -285,19 +333,19 @@ class _Trainer:
     if self.skipped or self.done in self.checkpoints.steps:
       return
     average = self.host_ema.wait() if self.host_ema else None
-    scored = self._scored_step == self.done
     self.checkpoints.save(
       self.done,
       trees_of(self.state, average),
       {
         "sequences": self._sequences(self.done),
         "seed": self.values.train.seed,
-        "corpus": self._corpus,
+        "corpus": self.data.identity(),
       },
-      bits_per_byte=self.score.bits_per_byte if scored else None,
+      bits_per_byte=score.bits_per_byte if score else None,
     )
 
   def close(self) -> None:
     self.progress.close()
     self.log.close()
     self.checkpoints.close()
+    self.folder.close()

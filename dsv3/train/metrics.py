@@ -27,6 +27,7 @@ def of_step(loss, sums, count, grad_norm, hyper, after) -> dict[str, jax.Array]:
     "bias_speed": hyper.bias_speed,
     "batch_tokens": count.tokens,
     "skipped": after.skipped,
+    "skipped_total": after.skipped_total,
   }
   return out | of_load(sums.load_XE) | of_bias(after.router)
 

@@ -3,7 +3,7 @@
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -23,6 +23,7 @@ class Trained(NamedTuple):
   graphdef: nnx.GraphDef
   params: nnx.State
   router: nnx.State
+  meta: dict[str, Any]  # of the checkpoint
 
   @property
   def model(self) -> Transformer:
@@ -59,10 +60,10 @@ def restore(
   like = abstract({k: t for k, t in trees.items() if jax.tree.leaves(t)})
   checkpoints = _open(pathlib.Path(workdir) / "checkpoints")
   if step is None:
-    step, found, _ = checkpoints.restore_newest(like, tell)
+    step, found, meta = checkpoints.restore_newest(like, tell)
   elif step in checkpoints.steps:
     try:
-      found, _ = checkpoints.restore(step, like)
+      found, meta = checkpoints.restore(step, like)
     except Exception as error:  # Orbax and TensorStore raise many kinds
       reason = str(error).strip().split("\n")[0][:120]
       raise CheckpointError(f"checkpoint {step}: {reason}") from error
@@ -70,7 +71,7 @@ def restore(
     known = ", ".join(map(str, checkpoints.steps))
     raise ConfigError(f"--step={step}: no such checkpoint; there are {known}")
   return Trained(
-    values, step, graphdef, found[weights], found.get("router", router)
+    values, step, graphdef, found[weights], found.get("router", router), meta
   )
 
 

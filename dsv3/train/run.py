@@ -7,8 +7,10 @@ tensorboard/     the same for TensorBoard
 checkpoints/     see dsv3.train.checkpoint
 """
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import pathlib
@@ -16,8 +18,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -32,6 +34,8 @@ MAY_CHANGE = {
   "train.max_skipped": "when to give up",
   "train.log_every": "what is written down, not what is computed",
   "train.eval_every": "what is written down, not what is computed",
+  "train.eval_batches": "what is written down, not what is computed",
+  "train.final_eval_batches": "what is written down, not what is computed",
   "train.checkpoint_every": "what is written down, not what is computed",
   "train.checkpoints_kept": "what is written down, not what is computed",
   "data.cache": "where the same tokens lie",
@@ -46,6 +50,13 @@ class Given:
   config: str | None = None  # the file
   overrides: tuple[str, ...] = ()
   command: str = ""
+
+
+class Position(NamedTuple):
+  """Where a start of a run went on, and where in the data."""
+
+  done: int  # steps
+  sequences_ahead: int  # of what the schedule says; not 0 if that has changed
 
 
 def stored_config(workdir: str | pathlib.Path) -> config.Config:
@@ -85,10 +96,28 @@ def changes(
   return pairs
 
 
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the run folder: a second process that trains there is refused.
+
+  The system frees the lock of a killed process. Raises ConfigError if another
+  has it, OSError if the folder cannot be written.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  with open(workdir / "lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ConfigError(
+        f"--workdir={workdir}: another process is training there"
+      ) from error
+    yield
+
+
 def record(
   workdir: pathlib.Path, values: config.Config, given: Given
 ) -> dict[str, tuple[Any, Any]]:
-  """Writes config.json and a line of starts.jsonl; returns `changes`.
+  """Writes config.json; returns `changes`.
 
   Raises OSError if the folder cannot be written.
   """
@@ -99,10 +128,29 @@ def record(
   draft = workdir / "config.json.new"
   draft.write_text(text + "\n")
   draft.replace(workdir / "config.json")
-  start = _start(given) | {"changed": changed}
-  with open(workdir / "starts.jsonl", "a") as file:
-    file.write(json.dumps(start) + "\n")
   return changed
+
+
+def record_start(
+  workdir: pathlib.Path,
+  given: Given,
+  steps: int,
+  changed: Mapping[str, Any],
+  position: Position,
+) -> None:
+  """Adds a line to starts.jsonl."""
+  start = _start(given) | {"changed": changed, "steps": steps}
+  with open(workdir / "starts.jsonl", "a") as file:
+    file.write(json.dumps(start | position._asdict()) + "\n")
+
+
+def position_of(workdir: pathlib.Path, step: int) -> tuple[int, Position]:
+  """`train.steps` and the start that held when step `step` was made."""
+  lines = (pathlib.Path(workdir) / "starts.jsonl").read_text().splitlines()
+  starts = [json.loads(line) for line in lines]
+  held = [s for s in starts if s["done"] < step] or starts[:1]
+  start = held[-1]
+  return start["steps"], Position(start["done"], start["sequences_ahead"])
 
 
 def _description(

@@ -19,6 +19,7 @@ class TrainState:
   router: nnx.State  # one bias row per router, the MTP module's included
   ema: nnx.State | None  # of params, or None
   skipped: jax.Array  # int32, updates left out in a row
+  skipped_total: jax.Array  # int32, updates left out in the whole run
 
 
 def create(
@@ -38,4 +39,5 @@ def create(
     router=router,
     ema=jax.tree.map(jnp.copy, params) if on_device else None,
     skipped=jnp.int32(0),
+    skipped_total=jnp.int32(0),
   )

@@ -177,5 +177,6 @@ def train_step(
     router=router,
     ema=ema,
     skipped=jnp.where(ok, 0, state.skipped + 1),
+    skipped_total=state.skipped_total + ~ok,
   )
   return after, metrics.of_step(loss, sums, count, grad_norm, hyper, after)

@@ -40,7 +40,7 @@ def test_sec323_paper_keeps_latents_attention_and_swiglu_inputs_alone(
   lines = saved("paper", ffn, capsys)
   named = [line.split("named '")[-1].split("'")[0] for line in lines]
   wanted = ["c_q", "c_kv", "k_r", "attention_out", "attention_lse", "middle"]
-  assert sorted(named) == sorted(wanted + n_ffn * ["ffn_gate", "ffn_up"])
+  assert sorted(named) == sorted(wanted + n_ffn * ["ffn_gate_up"])
   assert sorted(set(named)) == sorted(block.KEPT)
 
 
@@ -90,5 +90,5 @@ def test_sec42_weights_are_normal_with_the_config_s_deviation():
     elif leaf.size > 4000:
       assert float(leaf.std()) == pytest.approx(0.006, rel=0.05), name
       assert abs(float(leaf.mean())) < 6e-4, name
-  first, second = found["['moe']['ffn']['experts']['w_up'].value"]
+  first, second = found["['moe']['ffn']['experts']['w_gate_up'].value"]
   assert not np.array_equal(first, second)  # layers are drawn apart

@@ -8,24 +8,26 @@ import pytest
 from dsv3.nn.layers import swiglu
 
 
-def plain(gate, up):
-  return jax.nn.silu(gate) * up
+def plain(gate_up, weight=None):
+  hidden = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+  return hidden if weight is None else hidden * weight[..., None]
 
 
-@pytest.mark.parametrize("argument", [0, 1])
-def test_gradient_of_swiglu_is_that_of_autodiff(argument):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradient_of_swiglu_is_that_of_autodiff(weighted):
   keys = jax.random.split(jax.random.key(0), 2)
-  gate, up = (4 * jax.random.normal(key, (64, 8)) for key in keys)
-  sine = lambda f: jax.grad(lambda *a: jnp.sin(f(*a)).sum(), argument)
-  np.testing.assert_allclose(swiglu(gate, up), plain(gate, up), rtol=1e-6)
-  np.testing.assert_allclose(
-    sine(swiglu)(gate, up), sine(plain)(gate, up), rtol=2e-5, atol=1e-6
-  )
+  args = [4 * jax.random.normal(keys[0], (64, 2, 8))]
+  args += [jax.random.normal(keys[1], (64,))] if weighted else []
+  np.testing.assert_allclose(swiglu(*args), plain(*args), rtol=1e-6)
+  sine = lambda f: jax.grad(lambda *a: jnp.sin(f(*a)).sum(), range(len(args)))
+  for ours, theirs in zip(sine(swiglu)(*args), sine(plain)(*args), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
 def test_swiglu_of_bfloat16_is_computed_in_float32():
-  gate, up = jnp.bfloat16(1.9), jnp.bfloat16(3.1)
-  wanted = plain(jnp.float32(gate), jnp.float32(up)).astype(jnp.bfloat16)
-  assert swiglu(gate, up) == wanted
-  dgate, dup = jax.grad(swiglu, (0, 1))(gate, up)
-  assert dgate.dtype == dup.dtype == jnp.bfloat16
+  gate_up, weight = jnp.bfloat16([[1.9], [3.1]]), jnp.float32(1.7)
+  wanted = plain(gate_up.astype(jnp.float32), weight).astype(jnp.bfloat16)
+  assert swiglu(gate_up, weight) == wanted
+  pull = jax.grad(lambda *a: swiglu(*a).sum(), (0, 1))
+  dgate_up, dweight = pull(gate_up, weight)
+  assert (dgate_up.dtype, dweight.dtype) == (jnp.bfloat16, jnp.float32)

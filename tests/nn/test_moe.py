@@ -45,10 +45,11 @@ def test_eq12_shared_plus_gated_routed_experts():
   u_BLD = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
   y_BLD, traffic = run(graphdef, params, router, u_BLD)
   module = nnx.merge(graphdef, params, router)
-  matrices = lambda part: {
-    name: np.asarray(getattr(part, name)[...], np.float64)
-    for name in ("w_gate", "w_up", "w_down")
-  }
+  matrices = lambda part: dict(
+    w_gate=np.asarray(part.w_gate_up[..., 0, :], np.float64),
+    w_up=np.asarray(part.w_gate_up[..., 1, :], np.float64),
+    w_down=np.asarray(part.w_down[...], np.float64),
+  )
   theirs = {
     "centroid": np.asarray(module.router.centroid[...], np.float64),
     "bias": np.asarray(module.router.bias[...], np.float64),

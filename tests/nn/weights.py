@@ -67,6 +67,9 @@ def to_oracle(tree, model: config.Model) -> dict[str, np.ndarray]:
       out[keys] = np.asarray(leaf)
     else:
       out |= dict(zip(keys, np.asarray(leaf)))
+  for key in [key for key in out if key.endswith("w_gate_up")]:
+    value, ffn = out.pop(key), key.removesuffix("w_gate_up")
+    out[ffn + "w_gate"], out[ffn + "w_up"] = value[..., 0, :], value[..., 1, :]
   return out
 
 
@@ -76,11 +79,15 @@ def from_oracle(flat: dict[str, np.ndarray], model: config.Model):
     lambda: transformer.split(transformer.make_model(model, jax.random.key(0)))
   )
 
+  def get(key):
+    if not key.endswith("w_gate_up"):
+      return flat[key]
+    ffn = key.removesuffix("w_gate_up")
+    return np.stack([flat[ffn + "w_gate"], flat[ffn + "w_up"]], axis=-2)
+
   def find(path, leaf):
     keys = keys_of(path, len(leaf), model)
-    found = (
-      flat[keys] if isinstance(keys, str) else np.stack([flat[k] for k in keys])
-    )
+    found = get(keys) if isinstance(keys, str) else np.stack([*map(get, keys)])
     assert found.shape == leaf.shape, (path, found.shape, leaf.shape)
     return found.astype(np.float32)
 

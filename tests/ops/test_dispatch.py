@@ -40,7 +40,8 @@ def weigh(x_TD, gate_TK, factor_E):
   factor_A = jnp.repeat(factor_E, plan.load_E, total_repeat_length=T * K)
   inside_A = jnp.arange(T * K) < plan.load_E.sum()
   y_AD = jnp.where(inside_A, factor_A, 0)[:, None] * x_AD
-  return dispatch.combine(y_AD, gate_TK, plan)
+  gate_A = dispatch.sort_gates(gate_TK, plan)
+  return dispatch.combine(gate_A[:, None] * y_AD, plan)
 
 
 def test_eq12_sum_of_gates_times_outputs_and_its_gradient():

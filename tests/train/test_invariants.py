@@ -77,7 +77,8 @@ def compiled(items):
     means = losses.means(sums.terms, count)
     return loss, means, sums.load_XE, moved, grads
 
-  return values, step.TrainState(None, params, None, router, None, None), run
+  state = step.TrainState(*[None] * 7).replace(params=params, router=router)
+  return values, state, run
 
 
 def outcome(diff, term, batch=None):

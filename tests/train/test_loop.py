@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3 import cli
 from dsv3.train import feed, loop, schedule
 from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.logs import read_metrics
@@ -69,14 +70,17 @@ def test_every_step_is_logged_once_with_what_matters(straight):
   assert len(steps[0]["max_vio_X"]) == 3
   assert steps[-1]["tokens"] == STEPS * 4 * 32
   assert steps[-1]["loss"] < steps[0]["loss"]
-  (heldout,) = (line for line in lines if "loss" not in line)
-  assert heldout["step"] == STEPS
+  *scores, final = (line for line in lines if "loss" not in line)
+  assert [s["step"] for s in scores] == [4, 8, 12, 16]  # what was saved
+  heldout = scores[-1]
   assert heldout["heldout/bytes"] <= heldout["heldout/tokens"] == 2 * 4 * 32
+  assert final["step"] == STEPS
+  assert final["heldout_final/loss"] == heldout["heldout/loss"]  # as many rows
   assert list((straight / "tensorboard").iterdir())
 
 
 def command(config: pathlib.Path, workdir: pathlib.Path) -> list[str]:
-  words = [sys.executable, "-m", "dsv3.cli", "train"]
+  words = [sys.executable, "-m", "dsv3", "train"]
   return [*words, f"--config={config}", f"--workdir={workdir}"]
 
 
@@ -166,6 +170,7 @@ def test_a_run_recovers_or_stops_with_the_last_good_checkpoint_intact(
   assert capsys.readouterr().err.count("not finite") == 3 + 4
   lines = [x for x in numbers(tmp_path) if "loss" in x]
   assert [x["skipped"] for x in lines] == [0, 0, 1, 2, 3, *[0] * 4, 1, 2, 3]
+  assert [lines[i]["skipped_total"] for i in (1, 4, 8, 11)] == [0, 3, 3, 6]
   assert lines[2]["loss"] is None and lines[5]["loss"] is not None
   # Not of step 4 and 12, in the midst of what was left out.
   assert Checkpoints(tmp_path / "checkpoints").steps == [8]
@@ -192,6 +197,67 @@ def test_host_average_of_a_run_is_the_device_average(
   jax.tree.map(close, *averages)
   plain = restore(straight).params
   assert not np.array_equal(plain["head"][...], averages[0]["head"][...])
+
+
+def test_a_stop_amid_left_out_updates_says_what_is_saved(
+  corpus, tmp_path, monkeypatch, capsys
+):
+  poison(monkeypatch, [6, 7, 8])
+  diff = {**corpus, "train.steps": 7, "train.max_skipped": 9}
+  config = micro.write_config(tmp_path / "micro.py", diff)
+  workdir = tmp_path / "run"
+  words = ["train", f"--config={config}", f"--workdir={workdir}"]
+  assert cli.main(words) == 0
+  assert Checkpoints(workdir / "checkpoints").steps == [4]
+  monkeypatch.setattr(loop.Interrupts, "signum", signal.SIGTERM)
+  assert cli.main([*words, "--config.train.steps=9"]) == 128 + signal.SIGTERM
+  said = capsys.readouterr().out
+  assert "SIGTERM: stopped after step 5; go on" in said  # saved, like any stop
+  assert cli.main([*words, "--config.train.steps=9"]) == 128 + signal.SIGTERM
+  said = capsys.readouterr().out
+  assert "stopped after step 6 (its updates were being left out; saved" in said
+  assert "saved is step 5)" in said
+
+
+def test_a_run_without_a_checkpoint_ends_without_a_sample(
+  corpus, tmp_path, monkeypatch, capsys
+):
+  poison(monkeypatch, [1, 2])
+  config = micro.write_config(tmp_path / "m.py", {**corpus, "train.steps": 2})
+  words = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+  assert cli.main(words) == 0
+  assert "no checkpoint: the last updates were left out" in (
+    capsys.readouterr().out
+  )
+
+
+def test_a_longer_run_says_how_its_schedule_stretches(
+  corpus, straight, tmp_path, capsys
+):
+  workdir = shutil.copytree(straight, tmp_path / "run")
+  more = micro.config_of({**corpus, "train.steps": STEPS + 1})
+  before = schedule.make(micro.config_of(corpus))(STEPS).lr
+  after = schedule.make(more)(STEPS).lr
+  loop.train(more, workdir)
+  said = capsys.readouterr().err
+  assert f"learning rate goes from {before:.2e} to {after:.2e}" in said
+
+
+def test_other_text_than_before_is_noticed(corpus, straight, tmp_path, capsys):
+  """Same source, documents and lengths: the digest tells."""
+  folder = shutil.copytree(corpus["data.sources"][0], tmp_path / "text")
+  diff = {**corpus, "data.sources": (str(folder),)}
+  workdir = tmp_path / "run"
+  loop.train(micro.config_of({**diff, "train.steps": 4}), workdir)
+  assert cli.main(["eval", f"--workdir={workdir}"]) == 0
+  assert "corpus:" not in capsys.readouterr().err
+  file = sorted(folder.iterdir())[0]
+  text = file.read_text()
+  file.write_text(("b" if text[0] == "a" else "a") + text[1:])
+  assert cli.main(["eval", f"--workdir={workdir}"]) == 0
+  assert "corpus: found" in capsys.readouterr().err
+  loop.train(micro.config_of({**diff, "train.steps": 5}), workdir)
+  assert "from here on the run reads other text" in capsys.readouterr().out
 
 
 class Asked:

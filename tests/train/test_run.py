@@ -20,6 +20,7 @@ def test_folder_holds_config_as_given_resolved_and_its_departures(tmp_path):
   values = micro.config_of()
   given = run.Given("tiny", ("model.dim=32",), "dsv3 train --config=tiny")
   assert run.record(tmp_path / "a", values, given) == {}
+  run.record_start(tmp_path / "a", given, 8, {}, run.Position(0, 0))
   found = json.loads((tmp_path / "a" / "config.json").read_text())
   assert found["given"]["config"] == "tiny"
   assert found["given"]["text"] == (overlay.CONFIGS / "tiny.py").read_text()
@@ -85,7 +86,6 @@ def test_another_config_is_an_error_that_names_the_keys(tmp_path):
   assert "train.steps" not in str(caught.value)
   assert "\n" not in str(caught.value)
   assert (tmp_path / "config.json").read_text() == before
-  assert len(lines(tmp_path / "starts.jsonl")) == 1
 
 
 @pytest.mark.parametrize("key", sorted(run.MAY_CHANGE))
@@ -101,8 +101,6 @@ def test_what_is_no_other_run_may_change_and_is_kept(key, tmp_path):
   )
   assert run.record(tmp_path, changed, run.Given()) == {key: (old, new)}
   assert run.stored_config(tmp_path) == changed
-  history = [start["changed"] for start in lines(tmp_path / "starts.jsonl")]
-  assert history == [{}, {key: [old, new]}]
 
 
 def test_a_folder_without_a_run_and_a_damaged_config_are_named(tmp_path):
@@ -111,3 +109,21 @@ def test_a_folder_without_a_run_and_a_damaged_config_are_named(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(ConfigError, match="config.json: damaged"):
     run.stored_config(tmp_path)
+
+
+def test_a_step_is_found_in_the_start_that_made_it(tmp_path):
+  for done, ahead, steps in ((0, 0, 20), (10, -3, 60), (10, -3, 60), (8, 1, 90)):
+    position = run.Position(done, ahead)
+    run.record_start(tmp_path, run.Given(), steps, {}, position)
+  for step, wanted in ((1, (20, 0)), (8, (20, 0)), (9, (90, 1)), (11, (90, 1))):
+    steps, position = run.position_of(tmp_path, step)
+    assert (steps, position.sequences_ahead) == wanted
+
+
+def test_a_folder_is_one_process_s_at_a_time(tmp_path):
+  with run.locked(tmp_path):
+    with pytest.raises(ConfigError, match="another process is training there"):
+      with run.locked(tmp_path):
+        pass
+  with run.locked(tmp_path):
+    pass

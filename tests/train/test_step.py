@@ -45,12 +45,13 @@ def test_update_that_is_not_finite_changes_nothing_and_is_counted(
   for part in ("params", "opt_state", "router"):
     assert_same(getattr(after, part), getattr(bad, part))
   assert [int(after.skipped), int(after.step)] == [1, int(good.step) + 1]
+  assert int(good.skipped_total) == 0
   again, _ = prepared.step(after, batch)
-  assert int(again.skipped) == 2
+  assert [int(again.skipped), int(again.skipped_total)] == [2, 2]
   # And the run goes on as if those steps' data had not been.
   healed, _ = prepared.step(after.replace(params=good.params), batch)
   wanted, _ = prepared.step(good.replace(step=after.step), batch)
-  assert int(healed.skipped) == 0
+  assert [int(healed.skipped), int(healed.skipped_total)] == [0, 1]
   assert_same(healed.params, wanted.params)
   assert_same(healed.opt_state, wanted.opt_state)
   assert_same(healed.router, wanted.router)
