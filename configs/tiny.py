@@ -42,7 +42,7 @@ DIFF = {
   "schedule.bias_speed": 0.003,  # a run of hundreds of steps, not 240,000
   "schedule.batch_size": 8,
   "schedule.batch_size_start": 8,
-  "train.steps": 520,
+  "train.steps": 800,
   "train.max_minutes": 4.5,
   "train.ema_decay": 0.0,
   "train.eval_every": 200,

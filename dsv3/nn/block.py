@@ -71,7 +71,9 @@ def unstack(blocks) -> list[nnx.Module]:
   """The modules of a `stack`. Splits: their gradients are joined in one pass."""
   arrays, structure = jax.tree.flatten(blocks)
   layers = zip(*(jnp.split(a, len(a)) for a in arrays))
-  return [jax.tree.unflatten(structure, [a[0] for a in l]) for l in layers]
+  return [
+    jax.tree.unflatten(structure, [a[0] for a in parts]) for parts in layers
+  ]
 
 
 def run(block, x_BLD, segments_BL, remat: str):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from dsv3 import config
 from dsv3.data import batches
 from dsv3.train.schedule import Schedule
 from dsv3.train.step import Batch

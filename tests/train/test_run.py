@@ -112,7 +112,12 @@ def test_a_folder_without_a_run_and_a_damaged_config_are_named(tmp_path):
 
 
 def test_a_step_is_found_in_the_start_that_made_it(tmp_path):
-  for done, ahead, steps in ((0, 0, 20), (10, -3, 60), (10, -3, 60), (8, 1, 90)):
+  for done, ahead, steps in (
+    (0, 0, 20),
+    (10, -3, 60),
+    (10, -3, 60),
+    (8, 1, 90),
+  ):
     position = run.Position(done, ahead)
     run.record_start(tmp_path, run.Given(), steps, {}, position)
   for step, wanted in ((1, (20, 0)), (8, (20, 0)), (9, (90, 1)), (11, (90, 1))):
