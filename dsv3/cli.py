@@ -87,6 +87,25 @@ def _parser() -> argparse.ArgumentParser:
   )
   data.add_argument("--rows", type=_count, default=4, metavar="N", help="[4]")
 
+  convert = add("convert", "released weights to a run, or a run to them")
+  convert.add_argument("direction", choices=("from-hf", "to-hf"))
+  convert.add_argument("source", metavar="FOLDER")
+  convert.add_argument("--out", metavar="DIR", help="a new folder")
+  convert.add_argument(
+    "--dtype",
+    choices=("bfloat16", "float32"),
+    default="bfloat16",
+    help="of weights and activations [bfloat16]",
+  )
+  convert.add_argument(
+    "--dry-run", action="store_true", help="from-hf: check and report, no more"
+  )
+  convert.add_argument(
+    "--fp8", action="store_true", help="to-hf: Linears in FP8 blocks"
+  )
+  convert.add_argument("--step", type=_count, metavar="N", help="to-hf")
+  convert.add_argument("--ema", action="store_true", help="to-hf")
+
   add("diff-paper", "where a config departs from the report", config=True)
   add("params", "parameters of a config, by part, and FLOPs", config=True)
 

@@ -138,6 +138,17 @@ class _Trainer:
       average = self.state.params
     else:
       self.done, trees, meta = found
+      if meta.get("weights_only"):  # an import: training begins with it
+        self.state = state.of_weights(
+          self.values, adam, trees["params"], trees.get("router", like.router)
+        )
+        self.sequences_ahead = 0
+        self.host_ema = (
+          HostEma(self.state.params, train_values.ema_decay)
+          if (on_host)
+          else None
+        )
+        return
       self.state, average = state_of(trees, like), trees.get("ema")
       # A run may go on with more steps, which moves the stairs of a batch
       # ramp; the data still goes on from the first sequence not yet seen.

@@ -39,12 +39,14 @@ def restore(
   step: int | None = None,
   *,
   ema: bool = False,
+  as_stored: bool = False,
   tell: Callable[[str], None] = _warn,
 ) -> Trained:
   """The model at `step`, or at the newest checkpoint that can be read.
 
   `ema` gives the moving average of the parameters in their place. Optimizer
-  moments stay on disk. Raises ConfigError where there is no such checkpoint.
+  moments stay on disk. `as_stored` keeps parameters in the type of an import,
+  where float32 is the rule. Raises ConfigError where there is no such checkpoint.
   """
   values = run.stored_config(workdir)
   if ema and not values.train.ema_decay:
@@ -60,10 +62,12 @@ def restore(
   like = abstract({k: t for k, t in trees.items() if jax.tree.leaves(t)})
   checkpoints = _open(pathlib.Path(workdir) / "checkpoints")
   if step is None:
-    step, found, meta = checkpoints.restore_newest(like, tell)
+    step, found, meta = checkpoints.restore_newest(
+      like, tell, as_stored=as_stored
+    )
   elif step in checkpoints.steps:
     try:
-      found, meta = checkpoints.restore(step, like)
+      found, meta = checkpoints.restore(step, like, as_stored=as_stored)
     except Exception as error:  # Orbax and TensorStore raise many kinds
       reason = str(error).strip().split("\n")[0][:120]
       raise CheckpointError(f"checkpoint {step}: {reason}") from error

@@ -87,7 +87,13 @@ def changes(
     return {}
   stored = dataclasses.asdict(stored_config(workdir))
   pairs = overlay.difference(stored, dataclasses.asdict(values))
-  other = [f"{k} = {a!r}" for k, (a, _) in pairs.items() if k not in MAY_CHANGE]
+  # Of imported weights that no step has changed yet, only the network stays.
+  fresh = not (workdir / "starts.jsonl").exists()
+  other = [
+    f"{key} = {old!r}"
+    for key, (old, _) in pairs.items()
+    if key not in MAY_CHANGE and not (fresh and not key.startswith("model."))
+  ]
   if other:
     raise ConfigError(
       f"--workdir={workdir}: holds a run of another config, with "

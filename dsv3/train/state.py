@@ -31,8 +31,18 @@ def create(
   """
   model = make_model(values.model, jax.random.key(values.train.seed))
   graphdef, params, router = split(model)
+  return graphdef, of_weights(values, optimizer, params, router)
+
+
+def of_weights(
+  values: config.Config,
+  optimizer: optax.GradientTransformation,
+  params: nnx.State,
+  router: nnx.State,
+) -> TrainState:
+  """The state before the first step with these weights."""
   on_device = values.train.ema_decay > 0 and values.train.ema_place == "device"
-  return graphdef, TrainState(
+  return TrainState(
     step=jnp.int32(0),
     params=params,
     opt_state=optimizer.init(params),

@@ -1,0 +1,351 @@
+"""Folders in and out: exact, whole or not at all, and every defect named."""
+
+import json
+import pathlib
+import shutil
+import struct
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dsv3 import cli, hf
+from dsv3.config import ConfigError
+from dsv3.hf import files, read, write
+from dsv3.nn import transformer
+from tests import micro
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+DIFF = {"model.mtp.concat": "embedding_hidden"}  # the release's order
+# A leaf, a name of the release, and the slice of the leaf that it is.
+Q = "model.layers.1.self_attn.q_b_proj.weight"
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+  return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def weights(model):
+  return transformer.split(model)[1:]
+
+
+def same(a, b) -> bool:
+  return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+@pytest.fixture(scope="module")
+def model():
+  """Weights that are exact in bfloat16, biases that are not zero."""
+  made = transformer.make_model(micro.config_of(DIFF).model, jax.random.key(0))
+  graphdef, params, router = transformer.split(made)
+  short = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+  noise = lambda x: x + np.linspace(-0.5, 5.0, x.size).reshape(x.shape)
+  return transformer.nnx.merge(
+    graphdef, jax.tree.map(short, params), jax.tree.map(noise, router)
+  )
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+  """An FP8 release in several files, scales not with their weights."""
+  out = tmp_path_factory.mktemp("hf") / "release"
+  hf.save(model, out, fp8=True, file_bytes=30_000)
+  assert len(list(out.glob("*.safetensors"))) > 3
+  return out
+
+
+def test_logits_of_a_folder_that_transformers_has_saved_are_theirs():
+  loaded = hf.load(GOLDEN / "hf_folder")
+  golden = np.load(GOLDEN / "hf_yarn.npz")
+  hidden = loaded(jnp.asarray(golden["rows"][:, :-1])).hidden[0]
+  np.testing.assert_allclose(
+    loaded.logits(hidden), golden["logits/0"], rtol=2e-5, atol=2e-5
+  )
+
+
+def test_bfloat16_out_and_in_is_the_same_model(model, tmp_path):
+  hf.save(model, tmp_path / "out")
+  assert same(weights(hf.load(tmp_path / "out")), weights(model))
+  again = hf.load(tmp_path / "out", dtype="bfloat16")
+  params, router = weights(again)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(jnp.bfloat16)}
+  assert {x.dtype for x in jax.tree.leaves(router)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_in_and_out_is_byte_for_byte_mtp_and_biases_included(
+  folder, dtype, tmp_path
+):
+  run, out = tmp_path / "run", tmp_path / "out"
+  words = ["convert", "from-hf", str(folder), f"--out={run}"]
+  assert cli.main([*words, f"--dtype={dtype}"]) == 0
+  words = ["convert", "to-hf", str(run), f"--out={out}", "--fp8"]
+  assert cli.main(words) == 0
+  there, back = files.Folder(folder), files.Folder(out)
+  assert there.index.keys() == back.index.keys()
+  assert any("layers.3." in name for name in there.index)  # the MTP layer
+  for name, stored in there.index.items():
+    assert back.index[name].dtype == stored.dtype
+    assert back[name].tobytes() == there[name].tobytes(), name
+  a, b = (json.loads((f / "config.json").read_text()) for f in (folder, out))
+  assert a == b
+
+
+def test_a_shard_is_filled_from_its_tensors_alone(folder):
+  """Experts over two devices, one of them a dim with two parts."""
+  source = read.open_source(folder)
+  mesh = jax.make_mesh(
+    (2, 2), ("e", "f"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
+  spec = jax.sharding.PartitionSpec
+  shardings = {
+    "moe/ffn/experts/w_gate_up": spec(None, "e", None, None, "f"),
+    "moe/attention/w_uk": spec(None, "f", "e"),
+    "head": spec(None, "f"),
+  }
+  shardings = {
+    k: jax.sharding.NamedSharding(mesh, s) for k, s in shardings.items()
+  }
+  _, *whole = read.parameters(source)
+  _, *sharded = read.parameters(source, shardings=shardings)
+  assert same(whole, sharded)
+  experts = sharded[0]["moe"]["ffn"]["experts"]["w_gate_up"][...]
+  assert experts.sharding == shardings["moe/ffn/experts/w_gate_up"]
+
+
+def test_an_imported_run_is_evaluated_and_trained_on(folder, tmp_path, capsys):
+  run = tmp_path / "run"
+  words = ["convert", "from-hf", str(folder), f"--out={run}"]
+  assert cli.main(words) == 0
+  corpus = micro.write_corpus(tmp_path)
+  sets = {
+    **{k: v for k, v in micro.DIFF.items() if not k.startswith("model.")},
+    **corpus,
+    "data.tokenizer": "bytes",
+    "data.fim_rate": 0.0,
+    "schedule.time": "share",
+    "train.steps": 4,
+  }
+  overrides = []
+  for key, value in sets.items():
+    value = ",".join(value) if isinstance(value, tuple) else value
+    overrides.append(f"--config.{key}={value}")
+  overrides = [o for o in overrides if "config.name" not in o]
+  assert cli.main(["train", f"--workdir={run}", *overrides]) == 0
+  assert "4 of 4 steps done" in capsys.readouterr().out
+  assert cli.main(["eval", f"--workdir={run}"]) == 0
+  out = tmp_path / "out"
+  assert cli.main(["convert", "to-hf", str(run), f"--out={out}"]) == 0
+  assert "after step 4" in capsys.readouterr().out
+  params = weights(hf.load(out))[0]
+  old = weights(hf.load(folder))[0]
+  assert not np.array_equal(params["head"][...], old["head"][...])
+
+
+def test_dry_run_reports_and_leaves_nothing(folder, tmp_path, capsys):
+  words = ["convert", "from-hf", str(folder), f"--out={tmp_path / 'x'}"]
+  assert cli.main([*words, "--dry-run", "--dtype=float32"]) == 0
+  said = capsys.readouterr().out
+  assert not (tmp_path / "x").exists()
+  size = sum(x.size for x in jax.tree.leaves(weights(hf.load(folder))))
+  assert f"{size:,}" in said and f"{4 * size:,}" in said
+
+
+def test_a_conversion_that_was_killed_goes_on_after_its_last_whole_file(
+  model, folder, tmp_path, monkeypatch
+):
+  out, real, written = tmp_path / "out", write.write_file, []
+
+  def dies(path, tensors):
+    if len(written) == 2:
+      path.with_name(f"{path.name}.tmp").write_bytes(b"half")
+      raise KeyboardInterrupt
+    written.append(path.name)
+    real(path, tensors)
+
+  monkeypatch.setattr(write, "write_file", dies)
+  with pytest.raises(KeyboardInterrupt):
+    hf.save(model, out, fp8=True, file_bytes=30_000)
+  assert not (out / files.INDEX).exists() and not (out / "config.json").exists()
+  monkeypatch.setattr(
+    write, "write_file", lambda p, t: (written.append(p.name), real(p, t))
+  )
+  hf.save(model, out, fp8=True, file_bytes=30_000)
+  assert len(written) == len(set(written))  # none twice
+  assert contents(out) == contents(folder)
+  with pytest.raises(ConfigError, match="found files in it"):
+    hf.save(model, out)
+
+
+def rewrite(folder, name, change):
+  """Writes a file of a folder again, its tensors changed."""
+  there = files.Folder(folder)
+  path = there.index[name].path
+  kept = {n: s for n, s in there.index.items() if s.path == path}
+  arrays = {n: (s.dtype, np.array(there[n])) for n, s in kept.items()}
+  change(arrays)
+  files.write_file(
+    path,
+    [
+      files.ToWrite(n, kind, a.shape, lambda a=a: a)
+      for n, (kind, a) in arrays.items()
+    ],
+  )
+
+
+def missing_shard(folder):
+  sorted(folder.glob("*.safetensors"))[1].unlink()
+  return "missing"
+
+
+def truncated(folder):
+  path = sorted(folder.glob("*.safetensors"))[1]
+  path.write_bytes(path.read_bytes()[:-1])
+  return "bytes, wanted"
+
+
+def cut_header(folder):
+  path = sorted(folder.glob("*.safetensors"))[1]
+  path.write_bytes(path.read_bytes()[:20])
+  return "cut short"
+
+
+def huge_header(folder):
+  path = sorted(folder.glob("*.safetensors"))[1]
+  path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+  return "cut short"
+
+
+def outside(folder):
+  index = json.loads((folder / files.INDEX).read_text())
+  index["weight_map"][Q] = "../../etc/passwd"
+  (folder / files.INDEX).write_text(json.dumps(index))
+  return "outside the folder"
+
+
+def wrong_shape(folder):
+  def change(arrays):
+    kind, value = arrays[Q]
+    arrays[Q] = kind, value[:-1]
+
+  rewrite(folder, Q, change)
+  return f"{Q}: found shape"
+
+
+def wrong_dtype(folder):
+  name = "model.layers.1.mlp.gate.e_score_correction_bias"
+  change = lambda arrays: arrays.update(
+    {name: ("BF16", arrays[name][1].astype(ml_dtypes.bfloat16))}
+  )
+  rewrite(folder, name, change)
+  return f"{name}: found BF16, wanted F32"
+
+
+def no_scale(folder):
+  name = Q + "_scale_inv"
+  rewrite(folder, name, lambda arrays: arrays.pop(name))
+  (folder / files.INDEX).unlink()
+  return f"{name}: missing"
+
+
+def no_tensor(folder):
+  name = "model.norm.weight"
+  rewrite(folder, name, lambda arrays: arrays.pop(name))
+  (folder / files.INDEX).unlink()
+  return f"{name}: missing"
+
+
+def not_in_its_file(folder):
+  rewrite(folder, Q, lambda arrays: arrays.pop(Q))
+  return f"{Q}: found in no file"
+
+
+def unknown(folder):
+  name = "model.norm.weight"
+  add = lambda a: a.update({"model.layers.0.mystery": a[name]})
+  rewrite(folder, name, add)
+  return "model.layers.0.mystery: no place for it"
+
+
+def not_finite(folder):
+  name = "model.norm.weight"
+
+  def change(arrays):
+    arrays[name][1][3] = np.nan
+
+  rewrite(folder, name, change)
+  return f"{name}: holds values that are not finite"
+
+
+def other_copy(folder):
+  name = "model.layers.3.embed_tokens.weight"
+
+  def change(arrays):
+    arrays[name][1][0, 0] += 1
+
+  rewrite(folder, name, change)
+  return f"{name}: differs from model.embed_tokens.weight"
+
+
+def twice(folder):
+  first = sorted(folder.glob("*.safetensors"))[0]
+  shutil.copy(first, folder / "copy.safetensors")
+  (folder / files.INDEX).unlink()
+  return "as well"
+
+
+def no_config(folder):
+  (folder / "config.json").unlink()
+  return "config.json: No such file"
+
+
+def pickle_only(folder):
+  for path in folder.glob("*.safetensors*"):
+    path.unlink()
+  (folder / "pytorch_model.bin").write_bytes(b"x")
+  return "pickles are not read"
+
+
+@pytest.mark.parametrize(
+  "spoil",
+  [
+    missing_shard,
+    truncated,
+    cut_header,
+    huge_header,
+    outside,
+    wrong_shape,
+    wrong_dtype,
+    no_scale,
+    no_tensor,
+    not_in_its_file,
+    unknown,
+    not_finite,
+    other_copy,
+    twice,
+    no_config,
+    pickle_only,
+  ],
+)
+def test_a_defect_of_a_folder_is_one_line_and_leaves_no_run(
+  spoil, folder, tmp_path, capsys
+):
+  copy = shutil.copytree(folder, tmp_path / "copy")
+  wanted = spoil(copy)
+  run = tmp_path / "run"
+  assert cli.main(["convert", "from-hf", str(copy), f"--out={run}"]) == 2
+  line = capsys.readouterr().err
+  assert wanted in line and line.count("\n") == 1
+  assert not (run / "checkpoints" / "0").exists()
+  # The way is free for the next call.
+  assert cli.main(["convert", "from-hf", str(folder), f"--out={run}"]) == 0
+
+
+def test_a_folder_in_use_is_not_overwritten(folder, tmp_path, capsys):
+  (tmp_path / "mine.txt").write_text("mine")
+  words = ["convert", "from-hf", str(folder), f"--out={tmp_path}"]
+  assert cli.main(words) == 2
+  assert "found files in it" in capsys.readouterr().err
+  assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
