@@ -43,7 +43,7 @@ DIFF = {
   "schedule.batch_size": 8,
   "schedule.batch_size_start": 8,
   "train.steps": 800,
-  "train.max_minutes": 4.5,
+  "train.max_minutes": 4.2,
   "train.ema_decay": 0.0,
   "train.eval_every": 200,
   "train.checkpoint_every": 200,

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
   sample.add_argument(
     "--top_p", type=_share, default=0.95, help="share to draw from [0.95]"
   )
-  sample.add_argument("--seed", type=int, default=0, help="[0]")
+  sample.add_argument("--seed", type=_seed, default=0, help="[0]")
 
   data = add("data", "the documents and tokens that a step reads", config=True)
   data.add_argument(
@@ -130,6 +130,12 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 def _count(text: str) -> int:
   if not text.isdigit() or int(text) == 0:
     raise argparse.ArgumentTypeError(f"found {text}, wanted 1 or more")
+  return int(text)
+
+
+def _seed(text: str) -> int:
+  if not text.isdigit() or int(text) >= 2**32:
+    raise argparse.ArgumentTypeError(f"found {text}, wanted 0 to 2**32 - 1")
   return int(text)
 
 

@@ -33,8 +33,11 @@ def _values(arguments: argparse.Namespace) -> ConfigDict:
   return overlay.overlay(values, overlay.parse(values, arguments.overrides))
 
 
-def _tokenizer(values: config.Config) -> tokenizer.Tokenizer:
-  return tokenizer.load(values.data.tokenizer, values.model.vocab_size)
+def _tokenizer(trained: Trained) -> tokenizer.Tokenizer:
+  values = trained.values
+  found = tokenizer.load(values.data.tokenizer, values.model.vocab_size)
+  loop.check_tokenizer(trained.meta, found)
+  return found
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -100,10 +103,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
   use_compilation_cache()
   trained = restore(arguments.workdir, arguments.step, ema=arguments.ema)
   values = trained.values
+  _tokenizer(trained)
   heldout = batches.Batches(values, 0, "heldout")
-  if change := loop.other_text(
-    trained.meta, batches.Batches(values, values.train.seed)
-  ):
+  training = batches.Batches(values, values.train.seed)
+  if change := loop.other_text(trained.meta, training):
     print(f"{change}: not the text that the run has logged", file=sys.stderr)
   n_batches = arguments.batches or values.train.final_eval_batches
   score = bpb.score(
@@ -145,7 +148,13 @@ def _write(
   seed: int = 0,
 ) -> None:
   """Prints the prompt and what follows, up to the end of the document."""
-  tokens = _tokenizer(trained.values)
+  tokens = _tokenizer(trained)
+  try:
+    prompt.encode()
+  except UnicodeEncodeError as error:
+    raise ConfigError(
+      f"--prompt: found bytes that are no UTF-8 at {error.start}, wanted text"
+    ) from error
   # A document of the training data follows the end of the one before it.
   ids = generate(
     trained.model,

@@ -7,6 +7,7 @@ and what cannot be combined. `build` turns a config into a `Config` or raises
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import types
 import typing
@@ -285,6 +286,14 @@ def check(config: Config) -> None:
     f"{len(data.weights)} weights",
     f"one for each of the {len(data.sources)} sources, or none",
   )
+  if config.model.moe.kernel == "tokamax":
+    _require(
+      importlib.util.find_spec("tokamax") is not None,
+      "model.moe.kernel",
+      "tokamax",
+      "the package of that name: pip install tokamax",
+    )
+  _require(train.steps < 2**31, "train.steps", train.steps, "less than 2**31")
   _require(train.seed < 2**32, "train.seed", train.seed, "less than 2**32")
   _require(len(data.sources) > 0, "data.sources", "none", "at least one")
   stair = schedule.batch_size - schedule.batch_size_start

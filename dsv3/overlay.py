@@ -117,11 +117,14 @@ def _load(path: pathlib.Path, seen: tuple[pathlib.Path, ...]) -> ConfigDict:
       raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
   if not hasattr(module, "BASE") or not hasattr(module, "DIFF"):
     raise ConfigError(f"{path}: found neither get_config nor BASE and DIFF")
-  if not isinstance(module.DIFF, Mapping):
-    raise ConfigError(f"{path}: DIFF: found {module.DIFF!r}, wanted a dict")
-  base = _load(_find(module.BASE, path.parent), (*seen, path))
+  diff, base = module.DIFF, module.BASE
+  if not isinstance(diff, Mapping) or not all(isinstance(k, str) for k in diff):
+    raise ConfigError(f"{path}: DIFF: found {diff!r}, wanted a dict of names")
+  if not isinstance(base, str):
+    raise ConfigError(f"{path}: BASE: found {base!r}, wanted a config's name")
+  values = _load(_find(base, path.parent), (*seen, path))
   try:
-    return overlay(base, module.DIFF)
+    return overlay(values, diff)
   except ConfigError as error:
     raise ConfigError(f"{path}: {error}") from error
 
@@ -162,5 +165,5 @@ def _read(text: str, kind: Any) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
   try:
     return ast.literal_eval(text)
-  except (SyntaxError, ValueError):
+  except (SyntaxError, ValueError, TypeError):
     return text

@@ -69,6 +69,13 @@ def test_sample_goes_on_from_the_prompt_and_repeats_itself(trained, capsys):
   assert said[0] == said[1]
 
 
+def test_a_prompt_that_is_no_text_is_one_line(trained, capsys):
+  _, workdir = trained
+  words = ["sample", f"--workdir={workdir}", "--prompt=a\udcff"]
+  code, line = failure(words, capsys)
+  assert code == 2 and "--prompt: found bytes that are no UTF-8 at 1" in line
+
+
 def test_data_shows_the_rows_of_a_step(trained, capsys):
   config, _ = trained
   words = ["data", f"--config={config}", "--step=2", "--rows=3"]
@@ -77,6 +84,12 @@ def test_data_shows_the_rows_of_a_step(trained, capsys):
   assert said.startswith("step 2: rows 4 to 7 of 32 tokens")
   assert said.count("=== row") == 3 and "=== row 4:" in said
   assert ".txt: tokens" in said
+  assert "; 3 of 4 rows are shown" in said
+  assert "ids: " in said
+  _, workdir = trained
+  words = ["data", f"--workdir={workdir}", "--step=2", "--rows=3"]
+  assert cli.main(words) == 0
+  assert capsys.readouterr().out == said
 
 
 def test_tokenizer_is_trained_on_the_training_text(trained, capsys, tmp_path):
@@ -117,6 +130,16 @@ def test_print_config_diff_paper_and_params_need_no_run(capsys):
     (["eval", "--workdir=/nowhere"], "found no run there"),
     (["eval", "--workdir=/nowhere", "--config.model.dim=3"], "takes no"),
     (["data", "--config=tiny", "--step=0"], "wanted 1 or more"),
+    (["train", "--config=tiny", "--config.train.steps={[]:1}"], "wanted int"),
+    (
+      ["train", "--config=tiny", "--config.train.steps=1e12"],
+      "less than 2**31",
+    ),
+    (
+      ["train", "--config=tiny", "--config.model.moe.kernel=tokamax"],
+      "pip install tokamax",
+    ),
+    (["sample", "--workdir=x", "--prompt=a", "--seed=-1"], "found -1"),
     (
       ["train", "--config=tiny", "--config.data.sources=/nowhere/a.txt"],
       "/nowhere/a.txt",

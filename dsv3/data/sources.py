@@ -192,7 +192,9 @@ def _parquet_rows(path: pathlib.Path, key: str) -> Iterator[tuple[int, str]]:
     import pyarrow
     import pyarrow.parquet
   except ImportError as error:
-    raise ConfigError(f"{path}: wanted the package pyarrow") from error
+    raise ConfigError(
+      f"{path}: wanted the package pyarrow: pip install pyarrow"
+    ) from error
   try:
     table = pyarrow.parquet.ParquetFile(path)
   except (pyarrow.ArrowInvalid, OSError) as error:
@@ -202,10 +204,14 @@ def _parquet_rows(path: pathlib.Path, key: str) -> Iterator[tuple[int, str]]:
     if key not in columns:
       _text_of(dict.fromkeys(columns), key, str(path))
     n = 0
-    for batch in table.iter_batches(batch_size=1024, columns=[key]):
-      for text in batch.column(0).to_pylist():
-        n += 1
-        yield n, _text_of({key: text}, key, f"{path}: row {n}")
+    try:
+      for batch in table.iter_batches(batch_size=1024, columns=[key]):
+        for text in batch.column(0).to_pylist():
+          n += 1
+          yield n, _text_of({key: text}, key, f"{path}: row {n}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+      reason = str(error).split("\n")[0]
+      raise ConfigError(f"{path}: after row {n}: {reason}") from error
 
 
 def _text_of(row: Any, key: str, where: str) -> str:

@@ -154,7 +154,9 @@ def parameters(
         by_path[part.path].append((tensor, part))
   first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   total = sum(len(parts) for parts in by_path.values())
-  bar = tqdm.tqdm(total=total, unit=" tensors", desc="read", delay=1, disable=None)
+  bar = tqdm.tqdm(
+    total=total, unit=" tensors", desc="read", delay=1, disable=None
+  )
 
   def fill(path, leaf, dtype):
     name = path_text(path)

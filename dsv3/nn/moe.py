@@ -78,8 +78,9 @@ class Experts(nnx.Module):
   ) -> jax.Array:
     """Each row through its expert, times its gate (a summand of Eq. 12).
 
-    The gate multiplies before w_down, which is linear: the backward pass then
-    needs no output of an expert, the widest activation of a layer.
+    Departs: the gate multiplies before w_down, which is linear, and not after
+    it. The backward pass then needs no output of an expert, the widest
+    activation of a layer; in bfloat16 the rounding differs.
     """
     w_EDI = self.w_gate_up[...].reshape(*self.w_gate_up.shape[:2], -1)
     gate_up_AI = self.gemm.grouped_dot(x_AD, w_EDI, load_E)

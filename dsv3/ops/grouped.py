@@ -1,7 +1,7 @@
 """Grouped matmul: every expert multiplies its own rows, and no row is dropped.
 
 Rows arrive sorted by expert (`dispatch.py`), so the routed experts of Eq. 12
-are three matmuls whose weight changes with the row. Four kernels compute the
+are two matmuls whose weight changes with the row. Four kernels compute the
 same product; they differ in the platform they are fast on:
 
   dense    every expert times every row, masked: E times the work, plainly right
@@ -90,28 +90,62 @@ def _precision(x):
   return "highest" if x.dtype == jnp.float32 else None
 
 
+# Each kernel casts the weights itself and returns their gradient as float32, in
+# which it is summed up over microbatches (Sec. 3.3.1).
+
+
+@jax.custom_vjp
 def _dense(x_AI, w_EIO, load_E):
+  return _every_expert("AI,EIO->AEO", "AEO->AO", x_AI, w_EIO, load_E)
+
+
+def _every_expert(subscripts, summed, x, w_EIO, load_E):
+  y_AE = _einsum(subscripts, x, w_EIO.astype(x.dtype))
+  mine_AE = _mine(load_E, len(x))
+  return jnp.einsum(summed, jnp.where(mine_AE[..., None], y_AE, 0))
+
+
+def _mine(load_E, n_rows: int):
+  """[A, E]: is row a one of expert e?"""
   end_E = jnp.cumsum(load_E)
-  row_A1 = jnp.arange(len(x_AI))[:, None]
-  mine_AE = (row_A1 >= end_E - load_E) & (row_A1 < end_E)
-  y_AEO = jnp.einsum(
-    "AI,EIO->AEO",
-    x_AI,
-    w_EIO.astype(x_AI.dtype),
-    precision=_precision(x_AI),
+  row_A1 = jnp.arange(n_rows)[:, None]
+  return (row_A1 >= end_E - load_E) & (row_A1 < end_E)
+
+
+def _einsum(subscripts, a, b):
+  return jnp.einsum(
+    subscripts,
+    a,
+    b,
+    precision=_precision(a),
     preferred_element_type=jnp.float32,
   )
-  return jnp.where(mine_AE[..., None], y_AEO, 0).sum(axis=1)
+
+
+def _dense_forward(x_AI, w_EIO, load_E):
+  return _dense(x_AI, w_EIO, load_E), (x_AI, w_EIO, load_E)
+
+
+def _dense_backward(saved, dy_AO):
+  x_AI, w_EIO, load_E = saved
+  dy_AO = dy_AO.astype(x_AI.dtype)
+  dx_AI = _every_expert("AO,EIO->AEI", "AEI->AI", dy_AO, w_EIO, load_E)
+  dy_AEO = jnp.where(_mine(load_E, len(x_AI))[..., None], dy_AO[:, None], 0)
+  dw_EIO = _einsum("AI,AEO->EIO", x_AI, dy_AEO)
+  return dx_AI.astype(x_AI.dtype), dw_EIO.astype(w_EIO.dtype), None
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+# Ragged kernels: dims that are contracted, the ragged one, and the experts'.
+_FORWARD = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+_DGRAD = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+_WGRAD = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
 
 
 def _ragged(x_AI, w_EIO, load_E):
-  return lax.ragged_dot(
-    x_AI,
-    w_EIO.astype(x_AI.dtype),
-    load_E,
-    precision=_precision(x_AI),
-    preferred_element_type=jnp.float32,
-  )
+  return _by_ragged_dot(x_AI, w_EIO, load_E, lax.ragged_dot_general)
 
 
 def _tokamax(x_AI, w_EIO, load_E):
@@ -121,15 +155,46 @@ def _tokamax(x_AI, w_EIO, load_E):
     raise ImportError(
       "grouped_matmul: kernel 'tokamax' needs the package: pip install tokamax"
     ) from error
-  y_AO = tokamax.ragged_dot(
-    x_AI,
-    w_EIO.astype(x_AI.dtype),
-    group_sizes=load_E,
-    precision=_precision(x_AI),
+  return _by_ragged_dot(x_AI, w_EIO, load_E, tokamax.ragged_dot_general)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_ragged_dot(x_AI, w_EIO, load_E, dot):
+  w_EIO = w_EIO.astype(x_AI.dtype)
+  return _inside(_ragged_dot(dot, x_AI, w_EIO, load_E, _FORWARD), load_E)
+
+
+def _ragged_dot(dot, a, b, load_E, dims):
+  return dot(
+    a,
+    b,
+    load_E,
+    dims,
+    precision=_precision(a),
     preferred_element_type=jnp.float32,
   )
-  past_A = jnp.arange(len(x_AI)) >= jnp.sum(load_E)
+
+
+def _inside(y_AO, load_E):
+  """Zero past the experts' rows, where a kernel may leave what was there."""
+  past_A = jnp.arange(len(y_AO)) >= jnp.sum(load_E)
   return jnp.where(past_A[:, None], 0, y_AO)
+
+
+def _by_ragged_dot_forward(x_AI, w_EIO, load_E, dot):
+  return _by_ragged_dot(x_AI, w_EIO, load_E, dot), (x_AI, w_EIO, load_E)
+
+
+def _by_ragged_dot_backward(dot, saved, dy_AO):
+  x_AI, w_EIO, load_E = saved
+  dy_AO = dy_AO.astype(x_AI.dtype)
+  w_in = w_EIO.astype(x_AI.dtype)
+  dx_AI = _inside(_ragged_dot(dot, dy_AO, w_in, load_E, _DGRAD), load_E)
+  dw_EIO = _ragged_dot(dot, x_AI, dy_AO, load_E, _WGRAD)
+  return dx_AI.astype(x_AI.dtype), dw_EIO.astype(w_EIO.dtype), None
+
+
+_by_ragged_dot.defvjp(_by_ragged_dot_forward, _by_ragged_dot_backward)
 
 
 # The tile kernel. An expert's rows go in large tiles while they last, then in

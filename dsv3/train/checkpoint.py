@@ -14,6 +14,7 @@ leaves no checkpoint rather than half of one.
 """
 
 import gc
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
@@ -63,6 +64,11 @@ class Checkpoints:
   def __init__(
     self, folder: pathlib.Path, *, kept: int = 1, read_only: bool = False
   ):
+    self.folder = pathlib.Path(folder).resolve()
+    self._manager = None if read_only else self._manage(kept)
+
+  def _manage(self, kept: int) -> ocp.CheckpointManager:
+    self._set_aside_unreadable_scores()
     score = lambda metrics: metrics["bits_per_byte"]
     best = checkpoint_managers.BestN(
       get_metric_fn=score,
@@ -71,20 +77,19 @@ class Checkpoints:
       keep_checkpoints_without_metrics=False,
     )
     policies = [checkpoint_managers.LatestN(kept), best]
-    self.folder = pathlib.Path(folder).resolve()
     options = ocp.CheckpointManagerOptions(
       best_fn=score,  # without it Orbax leaves the metrics out of the folder
       best_mode="min",
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-      read_only=read_only,
-      create=not read_only,
-      cleanup_tmp_directories=not read_only,  # of saves that were killed
+      cleanup_tmp_directories=True,  # of saves that were killed
     )
-    self._manager = ocp.CheckpointManager(self.folder, options=options)
+    return ocp.CheckpointManager(self.folder, options=options)
 
   @property
   def steps(self) -> list[int]:
     """Steps of all finished checkpoints, oldest first."""
+    if self._manager is None:
+      return sorted(ocp.utils.checkpoint_steps(self.folder))
     return sorted(self._manager.all_steps())
 
   def save(
@@ -126,12 +131,16 @@ class Checkpoints:
     elif not imported:
       _check_dtypes(named, meta["dtypes"], self.folder / str(step))
     wanted = {item: ocp.args.StandardRestore(t) for item, t in named.items()}
-    found = self._read(step, **wanted)
+    found = self._read(step, **wanted) if wanted else {}
     trees = {item: _from_names(like[item], found[item]) for item in like}
     return trees, meta
 
   def _read(self, step: int, **items) -> Mapping[str, Any]:
-    return self._manager.restore(step, args=ocp.args.Composite(**items))
+    arguments = ocp.args.Composite(**items)
+    if self._manager is not None:
+      return self._manager.restore(step, args=arguments)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+      return reader.restore(self.folder / str(step), args=arguments)
 
   def restore_newest(
     self,
@@ -167,12 +176,26 @@ class Checkpoints:
       raise CheckpointError(f"no checkpoint can be read: {failures[0]}")
     return None
 
-  def _set_aside(self, step: int) -> None:
-    place = self.folder.parent / "damaged" / str(step)
+  def _set_aside_unreadable_scores(self) -> None:
+    """Orbax reads the scores of all steps at once, and stops at a damaged one."""
+    for path in sorted(self.folder.glob("*/metrics/metrics")):
+      try:
+        json.loads(path.read_text())
+      except ValueError as error:
+        step = path.parent.parent
+        place = self._move(step)
+        print(f"damaged checkpoint: {step} ({error}); set aside as {place}")
+
+  def _move(self, step: pathlib.Path) -> pathlib.Path:
+    """Moves a checkpoint to `damaged/`; returns where it is now."""
+    place = self.folder.parent / "damaged" / step.name
     place.parent.mkdir(exist_ok=True)
     while place.exists():
       place = place.with_name(f"{place.name}+")
-    (self.folder / str(step)).rename(place)
+    return step.rename(place)
+
+  def _set_aside(self, step: int) -> None:
+    self._move(self.folder / str(step))
     self._manager.reload()
 
   def wait(self) -> None:
@@ -180,7 +203,8 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def close(self) -> None:
-    self._manager.close()
+    if self._manager is not None:
+      self._manager.close()
 
 
 def abstract(trees: Trees, *, on_host: tuple[str, ...] = ()) -> Trees:

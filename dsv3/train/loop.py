@@ -19,8 +19,10 @@ import jax
 
 from dsv3 import config
 from dsv3.cache import use_compilation_cache
+from dsv3.config import ConfigError
 from dsv3.data.batches import Batches
 from dsv3.data.prefetch import prefetch
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.eval import bpb
 from dsv3.plan import count
 from dsv3.train import feed, optimizer, run, schedule, state
@@ -32,9 +34,20 @@ from dsv3.train.logs import MetricsLog, Progress
 from dsv3.train.step import train_step
 
 
+def check_tokenizer(meta: Mapping[str, Any], tokens: Tokenizer) -> None:
+  """ConfigError if a checkpoint's weights have learnt other token ids."""
+  found, wanted = tokens.digest, meta.get("tokenizer", tokens.digest)
+  if found != wanted:
+    raise ConfigError(
+      f"config.data.tokenizer: found digest {found}, wanted {wanted}, that of "
+      "the checkpoint: the file has changed since"
+    )
+
+
 def other_text(meta: Mapping[str, Any], data: Batches) -> str | None:
   """How the text of a checkpoint and what is found now differ, or None."""
-  found, wanted = data.identity(), meta["corpus"]
+  found = data.identity()
+  wanted = meta.get("corpus", found)  # imported weights have none
   if found == wanted:
     return None
   pairs = [p for p in zip_longest(found, wanted) if p[0] != p[1]]
@@ -91,20 +104,38 @@ class _Trainer:
     self.tokenizer = self.data.tokenizer
     self.heldout = self._heldout()
     self.folder = contextlib.ExitStack()
+    try:
+      self._open(given)
+    except BaseException:
+      self.folder.close()
+      raise
+    self.skipped = 0
+    self._first_step_at: int | None = None
+    self.max_vio: float | None = None
+
+  def _open(self, given: run.Given) -> None:
+    """Takes the run folder, restores, and only then writes down this start."""
+    values, workdir = self.values, self.workdir
     self.folder.enter_context(run.locked(workdir))
-    changed = run.record(workdir, values, given)
     self.checkpoints = Checkpoints(
       workdir / "checkpoints", kept=values.train.checkpoints_kept
     )
+    if self.checkpoints.steps and not (workdir / "config.json").exists():
+      raise ConfigError(
+        f"--workdir={workdir}: found checkpoints without their config.json"
+      )
     self._restore()
+    if self.done > self.schedule.steps:
+      raise ConfigError(
+        f"config.train.steps: found {self.schedule.steps}, wanted at least "
+        f"{self.done}: so many are done in {workdir}"
+      )
+    changed = run.record(workdir, values, given)
     position = run.Position(self.done, self.sequences_ahead)
     run.record_start(workdir, given, values.train.steps, changed, position)
     self.log = MetricsLog(workdir, self.done)
     self.progress = Progress(self.done, self.schedule.steps)
     self._greet(changed)
-    self.skipped = 0
-    self._first_step_at: int | None = None
-    self.max_vio: float | None = None
 
   def _heldout(self) -> Batches | None:
     train_values = self.values.train
@@ -152,6 +183,7 @@ class _Trainer:
       self.state, average = state_of(trees, like), trees.get("ema")
       # A run may go on with more steps, which moves the stairs of a batch
       # ramp; the data still goes on from the first sequence not yet seen.
+      check_tokenizer(meta, self.tokenizer)
       if change := other_text(meta, self.data):
         print(f"{change}: from here on the run reads other text")
       planned = self.schedule.first_sequence(self.done)
@@ -351,6 +383,7 @@ class _Trainer:
         "sequences": self._sequences(self.done),
         "seed": self.values.train.seed,
         "corpus": self.data.identity(),
+        "tokenizer": self.tokenizer.digest,
       },
       bits_per_byte=score.bits_per_byte if score else None,
     )

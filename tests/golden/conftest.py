@@ -1,3 +1,3 @@
 """Keeps pytest from importing the generator, which needs torch."""
 
-collect_ignore = ["make_hf.py"]
+collect_ignore = ["make_hf.py", "make_hf_folder.py"]

@@ -86,11 +86,12 @@ def test_eq12_every_kernel_equals_dense_in_bfloat16(kernel):
     assert error < 0.005 * np.linalg.norm(y)
 
 
-def test_weight_gradient_is_summed_and_kept_in_float32():
+@pytest.mark.parametrize("kernel", ["tiles", "ragged", "dense"])
+def test_weight_gradient_is_summed_and_kept_in_float32(kernel):
   x_AI, _ = inputs("bfloat16")
   _, w_EIO = inputs()
   load = [0, 0, 67, 0]
-  _, dx_AI, dw_EIO = value_and_gradients(x_AI, w_EIO, load, "tiles")
+  _, dx_AI, dw_EIO = value_and_gradients(x_AI, w_EIO, load, kernel)
   assert (dx_AI.dtype, dw_EIO.dtype) == (jnp.bfloat16, jnp.float32)
   rounded = dw_EIO.astype(jnp.bfloat16).astype(jnp.float32)
   assert np.abs(dw_EIO - rounded).max() > 0

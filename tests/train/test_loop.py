@@ -1,8 +1,6 @@
 """A run: resumed as never stopped, stopped on request, intact when it fails."""
 
-import os
 import pathlib
-import random
 import shutil
 import signal
 import subprocess
@@ -15,6 +13,8 @@ import numpy as np
 import pytest
 
 from dsv3 import cli
+from dsv3.config import ConfigError
+from dsv3.data import tokenizer
 from dsv3.train import feed, loop, schedule
 from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.logs import read_metrics
@@ -104,23 +104,32 @@ def wait_for_steps(process, workdir, n: int) -> None:
 def test_killed_at_any_instant_a_run_resumes_to_bit_equal_numbers(
   corpus, straight, tmp_path
 ):
-  """SIGKILL, then SIGTERM, wherever they hit; then to the end."""
+  """While it starts, while it steps and saves, while it starts again, ..."""
   config = micro.write_config(tmp_path / "micro.py", corpus)
-  workdir, chance = tmp_path / "run", random.Random(os.getpid())
-  for n, signum in ((3, signal.SIGKILL), (1, signal.SIGTERM), (99, None)):
+  workdir, outcomes = tmp_path / "run", []
+  for n, seconds, signum in (  # after n lines of this process, and seconds
+    (0, 1.5, signal.SIGKILL),
+    (3, 0.0, signal.SIGKILL),
+    (0, 2.5, signal.SIGKILL),
+    (2, 0.02, signal.SIGKILL),
+    (1, 0.0, signal.SIGTERM),
+    (99, 0.0, None),
+  ):
     before = len(read_metrics(workdir))
     process = start(config, workdir)
-    wait_for_steps(process, workdir, before + n)  # of this process
-    time.sleep(chance.random() * 0.3)
+    wait_for_steps(process, workdir, before + n)
+    time.sleep(seconds)
     if signum and process.poll() is None:
       process.send_signal(signum)
     said = process.communicate(timeout=120)[0]
+    outcomes.append(process.returncode)
     if process.returncode == 128 + signal.SIGTERM:
       assert "SIGTERM: stopped after step" in said
       done = read_metrics(workdir)[-1]["step"]
       assert Checkpoints(workdir / "checkpoints").steps[-1] == done
     else:
       assert process.returncode in (0, -signal.SIGKILL), said
+  assert outcomes[:2] == [-signal.SIGKILL] * 2, outcomes
   assert process.returncode == 0, said
   assert numbers(workdir) == numbers(straight)
   resumed, whole = (restore(d, ema=True).params for d in (workdir, straight))
@@ -138,6 +147,45 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
   assert "damaged checkpoint" in said.out + said.err
   assert f"goes on after step {STEPS - 4}" in said.err
   assert (workdir / "damaged" / str(STEPS)).is_dir()
+
+
+@pytest.mark.parametrize("content", ["", "{", "\0\0"])
+def test_a_damaged_score_of_a_checkpoint_is_set_aside(
+  content, corpus, straight, tmp_path, capsys
+):
+  workdir = shutil.copytree(straight, tmp_path / "run")
+  newest = workdir / "checkpoints" / str(STEPS)
+  (newest / "metrics" / "metrics").write_text(content)
+  assert restore(workdir).step == STEPS  # reading needs no scores
+  loop.train(micro.config_of(corpus), workdir)
+  assert f"damaged checkpoint: {newest}" in capsys.readouterr().out
+  assert numbers(workdir) == numbers(straight)
+
+
+def test_fewer_steps_than_are_done_are_refused_and_nothing_is_changed(
+  corpus, straight, tmp_path
+):
+  workdir = shutil.copytree(straight, tmp_path / "run")
+  before = (workdir / "config.json").read_bytes()
+  with pytest.raises(ConfigError) as caught:
+    loop.train(micro.config_of({**corpus, "train.steps": 2}), workdir)
+  assert f"found 2, wanted at least {STEPS}" in str(caught.value)
+  assert (workdir / "config.json").read_bytes() == before
+  # The exception, which keeps the frames of the failed start, frees the folder.
+  assert loop.train(micro.config_of(corpus), workdir).step == STEPS
+
+
+def test_checkpoints_without_their_config_and_another_tokenizer_are_refused(
+  corpus, straight, tmp_path, monkeypatch
+):
+  workdir = shutil.copytree(straight, tmp_path / "run")
+  (workdir / "config.json").unlink()
+  with pytest.raises(ConfigError, match="without their config.json"):
+    loop.train(micro.config_of(corpus), workdir)
+  workdir = shutil.copytree(straight, tmp_path / "again")
+  monkeypatch.setattr(tokenizer.Bytes, "digest", "another")
+  with pytest.raises(ConfigError, match="found digest another, wanted"):
+    loop.train(micro.config_of(corpus), workdir)
 
 
 def poison(monkeypatch, steps):
