@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
   sample.add_argument(
     "--top_p", type=_share, default=0.95, help="share to draw from [0.95]"
   )
+  sample.add_argument(
+    "--top_k", type=_whole, default=0, help="of the likeliest [0: all]"
+  )
+  sample.add_argument(
+    "--min_p", type=_share, default=0.0, help="relative to the likeliest [0]"
+  )
   sample.add_argument("--seed", type=_seed, default=0, help="[0]")
 
   data = add("data", "the documents and tokens that a step reads", config=True)
@@ -130,6 +136,12 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 def _count(text: str) -> int:
   if not text.isdigit() or int(text) == 0:
     raise argparse.ArgumentTypeError(f"found {text}, wanted 1 or more")
+  return int(text)
+
+
+def _whole(text: str) -> int:
+  if not text.isdigit():
+    raise argparse.ArgumentTypeError(f"found {text}, wanted 0 or more")
   return int(text)
 
 

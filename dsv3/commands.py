@@ -16,7 +16,7 @@ from dsv3.data import batches, bpe, tokenizer
 from dsv3.data.rival import compressed_bpb
 from dsv3.eval import bpb
 from dsv3.hf import convert
-from dsv3.infer.sample import generate
+from dsv3.infer import Sampling, stream
 from dsv3.plan import count
 from dsv3.train import feed, loop, run, schedule
 from dsv3.train.restore import Trained, restore
@@ -92,10 +92,12 @@ def _summary(outcome: loop.Outcome, values: config.Config) -> None:
   if outcome.saved is None:
     print("no checkpoint: the last updates were left out, none is sampled")
     return
+  if values.model.attention.kind != "mla":
+    return  # the decoder is MLA's
   prompt = "def "
   trained = restore(outcome.workdir)
   print(f"\na sample, from {prompt!r}:\n")
-  _write(trained, prompt, n_tokens=200)
+  _write(trained, prompt, n_tokens=200, sampling=Sampling(0.8, top_p=0.95))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -127,14 +129,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def sample(arguments: argparse.Namespace) -> None:
   """Text that goes on from a prompt, as it is drawn."""
   use_compilation_cache()
-  trained = restore(arguments.workdir, arguments.step, ema=arguments.ema)
+  trained = restore(
+    arguments.workdir, arguments.step, ema=arguments.ema, as_stored=True
+  )
   _write(
     trained,
     arguments.prompt,
     n_tokens=arguments.tokens,
-    temperature=arguments.temperature,
-    top_p=arguments.top_p,
     seed=arguments.seed,
+    sampling=Sampling(
+      arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p
+    ),
   )
 
 
@@ -143,8 +148,7 @@ def _write(
   prompt: str,
   *,
   n_tokens: int,
-  temperature: float = 0.8,
-  top_p: float = 0.95,
+  sampling: Sampling,
   seed: int = 0,
 ) -> None:
   """Prints the prompt and what follows, up to the end of the document."""
@@ -156,17 +160,16 @@ def _write(
       f"--prompt: found bytes that are no UTF-8 at {error.start}, wanted text"
     ) from error
   # A document of the training data follows the end of the one before it.
-  ids = generate(
+  steps = stream(
     trained.model,
-    [tokens.eos_id, *tokens.encode(prompt)],
-    n_tokens,
-    length=trained.values.data.seq_len,
-    temperature=temperature,
-    top_p=top_p,
+    [[tokens.eos_id, *tokens.encode(prompt)]],
+    max_tokens=n_tokens,
+    sampling=sampling,
     seed=seed,
+    stop=[tokens.eos_id],
   )
   print(prompt, end="", flush=True)
-  for text in _stream(ids, tokens):
+  for text in _stream((int(step.tokens_B[0]) for step in steps), tokens):
     print(text, end="", flush=True)
   print()
 

@@ -38,7 +38,8 @@ class Queries(nnx.Module):
     self.rank = a.q_rank
     self.gemm = gemm
 
-  def __call__(self, h_BLD, frequencies_R) -> jax.Array:
+  def __call__(self, h_BLD, frequencies_R, offset=0) -> jax.Array:
+    """[B, L, H, N + R]; `offset` is the position of the first, as in `rotate`."""
     c_q = h_BLD
     if self.rank:
       with jax.named_scope("eq6"):
@@ -47,7 +48,8 @@ class Queries(nnx.Module):
     with jax.named_scope("eq7"):
       q_c_BLHN = self.gemm.dot(c_q, self.w_uq[...])
     with jax.named_scope("eq8"):
-      q_r_BLHR = rope.rotate(self.gemm.dot(c_q, self.w_qr[...]), frequencies_R)
+      q_r_BLHR = self.gemm.dot(c_q, self.w_qr[...])
+      q_r_BLHR = rope.rotate(q_r_BLHR, frequencies_R, offset)
     with jax.named_scope("eq9"):
       return jnp.concatenate([q_c_BLHN, q_r_BLHR], axis=-1)
 
@@ -73,13 +75,15 @@ class Mla(nnx.Module):
     self.model = model
     self.gemm = gemm
 
-  def latent(self, h_BLD, frequencies_R) -> tuple[jax.Array, jax.Array]:
+  def latent(
+    self, h_BLD, frequencies_R, offset=0
+  ) -> tuple[jax.Array, jax.Array]:
     """The latent c_kv (normed) and the shared rotated key (Eq. 1, 3)."""
     with jax.named_scope("eq1"):
       c_kv_BLC = checkpoint_name(self.gemm.dot(h_BLD, self.w_dkv[...]), "c_kv")
     with jax.named_scope("eq3"):
       k_r_BLR = checkpoint_name(self.gemm.dot(h_BLD, self.w_kr[...]), "k_r")
-      k_r_BLR = rope.rotate(k_r_BLR[:, :, None], frequencies_R)[:, :, 0]
+      k_r_BLR = rope.rotate(k_r_BLR[:, :, None], frequencies_R, offset)[:, :, 0]
     return self.kv_norm(c_kv_BLC), k_r_BLR
 
   def expand(self, c_kv_BLC, k_r_BLR) -> tuple[jax.Array, jax.Array]:
@@ -96,6 +100,41 @@ class Mla(nnx.Module):
       v_BLHV = self.gemm.dot(c_kv_BLC, self.w_uv[...])
     return k, v_BLHV
 
+  def absorbed(self, q, c_kv_BMC, k_r_BMR, sees_BLM) -> jax.Array:
+    """Attention in the latent's space, for decoding: Eq. 10 without Eq. 2 and 5.
+
+    q.(W_UK c) is (W_UK^T q).c, and sums of values are W_UV of sums of latents:
+    the up-projections move to the queries and the output, so that no key or
+    value of the past is ever made (DeepSeek-V2, Sec. 2.1.2).
+
+    Args:
+      q: queries, [B, L, H, N + R].
+      c_kv_BMC: latents of the past, normed; k_r_BMR: its rotated keys.
+      sees_BLM: True where a query sees a position; each sees at least one.
+    """
+    a, r = self.model.attention, self.model.rope
+    product = lambda subscripts, x, y: jnp.einsum(
+      subscripts,
+      x,
+      y.astype(x.dtype),
+      precision="highest" if x.dtype == jnp.float32 else None,
+      preferred_element_type=jnp.float32,
+    )
+    q_c_BLHN, q_r_BLHR = jnp.split(q, [a.nope_dim], axis=-1)
+    q_BLHC = product("BLHN,CHN->BLHC", q_c_BLHN, self.w_uk[...]).astype(q.dtype)
+    score_BHLM = product("BLHC,BMC->BHLM", q_BLHC, c_kv_BMC)
+    score_BHLM += product("BLHR,BMR->BHLM", q_r_BLHR, k_r_BMR)
+    score_BHLM *= rope.softmax_scale(q.shape[-1], r.yarn_factor, r.mscale)
+    score_BHLM = jnp.where(sees_BLM[:, None], score_BHLM, -jnp.inf)
+    weight_BHLM = jax.nn.softmax(score_BHLM).astype(q.dtype)
+    o_BLHC = product("BHLM,BMC->BLHC", weight_BHLM, c_kv_BMC).astype(q.dtype)
+    o_BLHV = product("BLHC,CHV->BLHV", o_BLHC, self.w_uv[...]).astype(q.dtype)
+    return self.output(o_BLHV)
+
+  def output(self, o_BLHV) -> jax.Array:
+    """The output projection (Eq. 11)."""
+    return project_out(o_BLHV, self.w_o, self.model, self.gemm)
+
   def __call__(self, h_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
     frequencies_R = rope_frequencies(self.model)
     q = self.queries(h_BLD, frequencies_R)
@@ -103,8 +142,13 @@ class Mla(nnx.Module):
     return attend(q, k, v_BLHV, self.w_o, segments_BL, self.model, self.gemm)
 
 
-def attend(q, k, v_BLHV, w_o, segments_BL, model, gemm) -> jax.Array:
-  """Attention of all heads and the output projection (Eq. 10, 11)."""
+def attend(
+  q, k, v_BLHV, w_o, segments_BL, model, gemm, start=None
+) -> jax.Array:
+  """Attention of all heads and the output projection (Eq. 10, 11).
+
+  `start`: position of the first query among the keys, as in `attention`.
+  """
   a, r = model.attention, model.rope
   with jax.named_scope("eq10"):
     scale = rope.softmax_scale(q.shape[-1], r.yarn_factor, r.mscale)
@@ -114,8 +158,15 @@ def attend(q, k, v_BLHV, w_o, segments_BL, model, gemm) -> jax.Array:
       v_BLHV,
       scale=scale,
       segments_BL=segments_BL,
+      segments_BM=None if start is None else jnp.ones(k.shape[:2], jnp.int32),
+      start=start,
       kernel=a.kernel,
     )
+  return project_out(o_BLHV, w_o, model, gemm)
+
+
+def project_out(o_BLHV, w_o, model, gemm) -> jax.Array:
+  """The heads' outputs, side by side, through W_O (Eq. 11)."""
   with jax.named_scope("eq11"):
     o_BLI = o_BLHV.reshape(*o_BLHV.shape[:2], -1)
     return gemm.dot(o_BLI, w_o[...].reshape(-1, model.dim))

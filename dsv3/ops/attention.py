@@ -27,11 +27,13 @@ def attention(
   scale: float,
   segments_BL: jax.Array | None = None,
   segments_BM: jax.Array | None = None,
+  start: jax.Array | int | None = None,
   kernel: str = "auto",
 ) -> jax.Array:
   """Softmax of q.k times scale over the past of the same document (Eq. 10).
 
-  The last query stands at the last key: query i sees keys 0 .. i + M - L. Keys
+  The last query stands at the last key: query i sees keys 0 .. i + M - L, or
+  with `start` keys 0 .. i + start. Keys
   and values may have fewer heads than queries; query head h then reads head
   h // (H / H_keys).
 
@@ -43,6 +45,7 @@ def attention(
     segments_BL: ids of the queries' documents. A query attends only where the
       ids are equal; id 0 is padding, whose output is zero. None: one document.
     segments_BM: ids of the keys' documents; None takes segments_BL.
+    start: position of the first query among the keys; may be traced.
     kernel: "naive" (the equation; also has jvp), "flash", or "auto" = flash.
 
   Returns:
@@ -65,7 +68,9 @@ def attention(
     segments_BM = jnp.ones(k_BMHX.shape[:2], jnp.int32)
   _check(q_BLHX, k_BMHX, segments_BL, segments_BM, kernel)
   run = _naive if kernel == "naive" else _flash
-  return run(q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, scale)
+  if start is None:
+    start = k_BMHX.shape[1] - q_BLHX.shape[1]
+  return run(q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, start, scale)
 
 
 def _check(q_BLHX, k_BMHX, segments_BL, segments_BM, kernel):
@@ -86,12 +91,12 @@ def _check(q_BLHX, k_BMHX, segments_BL, segments_BM, kernel):
       raise ValueError(f"attention: segments {ids.shape}, want {wanted}")
 
 
-def _naive(q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, scale):
+def _naive(q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, start, scale):
   repeat = q_BLHX.shape[2] // k_BMHX.shape[2]
   k_BMHX = jnp.repeat(k_BMHX, repeat, axis=2)
   v_BMHV = jnp.repeat(v_BMHV, repeat, axis=2)
   n_queries, n_keys = q_BLHX.shape[1], k_BMHX.shape[1]
-  past_LM = jnp.tri(n_queries, n_keys, n_keys - n_queries, dtype=bool)
+  past_LM = jnp.arange(n_queries)[:, None] + start >= jnp.arange(n_keys)
   same_BLM = segments_BL[:, :, None] == segments_BM[:, None, :]
   sees_BLM = past_LM & same_BLM & (segments_BL > 0)[:, :, None]
   score_BHLM = scale * _dot("BLHX,BMHX->BHLM", q_BLHX, k_BMHX)
@@ -135,7 +140,7 @@ def _unblock(x, like_BLHX):
   return x[:, :length].astype(like_BLHX.dtype)
 
 
-def _places(segments_BL, segments_BM, repeat):
+def _places(segments_BL, segments_BM, start, repeat):
   """(positions, documents) of the queries' rows, then of the keys' rows."""
 
   def rows(ids, repeat):
@@ -143,7 +148,7 @@ def _places(segments_BL, segments_BM, repeat):
 
   n_queries, n_keys = segments_BL.shape[1], segments_BM.shape[1]
   positions_1M = jnp.arange(n_keys)[None]
-  positions_1L = jnp.arange(n_queries)[None] + n_keys - n_queries
+  positions_1L = jnp.arange(n_queries)[None] + start
   # Padding gets an id that no key has, so that it sees nothing.
   documents_BL = jnp.where(segments_BL > 0, segments_BL, -1)
   q_places = rows(positions_1L, repeat), rows(documents_BL, repeat)
@@ -164,18 +169,21 @@ def _bias(q_places, k_places, i, j):
   return lax.optimization_barrier(jnp.where(past & same, 0.0, MASKED))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _flash(q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, scale):
-  args = q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _flash(q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, start, scale):
+  args = q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, start
   return _flash_forward(*args, scale)[0]
 
 
-def _flash_forward(q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, scale):
+def _flash_forward(
+  q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, start, scale
+):
   n_heads, n_groups = q_BLHX.shape[2], k_BMHX.shape[2]
-  offset = k_BMHX.shape[1] - q_BLHX.shape[1]
   qs, ks = _blocks(q_BLHX, n_groups), _blocks(k_BMHX, n_groups)
   vs = _blocks(v_BMHV, n_groups)
-  q_places, k_places = _places(segments_BL, segments_BM, n_heads // n_groups)
+  q_places, k_places = _places(
+    segments_BL, segments_BM, start, n_heads // n_groups
+  )
   size_q, size_k = min(BLOCK, q_BLHX.shape[1]), min(BLOCK, k_BMHX.shape[1])
 
   def attend(block):
@@ -193,7 +201,7 @@ def _flash_forward(q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, scale):
 
     zero = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
     o = jnp.zeros((*q.shape[:-1], vs.shape[-1]), jnp.float32)
-    seen = jnp.clip(-(-((i + 1) * size_q + offset) // size_k), 0, len(ks))
+    seen = jnp.clip(-(-((i + 1) * size_q + start) // size_k), 0, len(ks))
     o, top, total = lax.fori_loop(0, seen, add, (o, zero + LOWEST, zero))
     total = jnp.where(total == 0, 1, total)  # rows that see nothing give zero
     return (o / total).astype(vs.dtype), top + jnp.log(total)
@@ -203,17 +211,19 @@ def _flash_forward(q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, scale):
   # The names let recomputation of a block keep these and run no loop again.
   o_BLHV = checkpoint_name(_unblock(os, like_o), "attention_out")
   log_sums = checkpoint_name(log_sums, "attention_lse")
-  args = q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM
+  args = q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, start
   return o_BLHV, (*args, o_BLHV, log_sums)
 
 
 def _flash_backward(scale, saved, do_BLHV):
-  q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, o_BLHV, log_sums = saved
+  q_BLHX, k_BMHX, v_BMHV, segments_BL, segments_BM, start = saved[:6]
+  o_BLHV, log_sums = saved[6:]
   n_heads, n_groups = q_BLHX.shape[2], k_BMHX.shape[2]
-  offset = k_BMHX.shape[1] - q_BLHX.shape[1]
   qs, ks = _blocks(q_BLHX, n_groups), _blocks(k_BMHX, n_groups)
   vs, dos = _blocks(v_BMHV, n_groups), _blocks(do_BLHV, n_groups)
-  q_places, k_places = _places(segments_BL, segments_BM, n_heads // n_groups)
+  q_places, k_places = _places(
+    segments_BL, segments_BM, start, n_heads // n_groups
+  )
   size_q, size_k = min(BLOCK, q_BLHX.shape[1]), min(BLOCK, k_BMHX.shape[1])
   # The softmax's own gradient takes the mean of dweight, which is o.do.
   mean_BLH1 = jnp.sum(
@@ -236,7 +246,7 @@ def _flash_backward(scale, saved, do_BLHV):
       return dqs.at[i].add(_dot("BHLM,BHMX->BHLX", dscore, k)), dk, dv
 
     zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    first = jnp.clip((j * size_k - offset) // size_q, 0, len(qs))
+    first = jnp.clip((j * size_k - start) // size_q, 0, len(qs))
     dqs, dk, dv = lax.fori_loop(first, len(qs), add, (dqs, *zeros))
     return dqs, (dk, dv)
 
@@ -246,7 +256,7 @@ def _flash_backward(scale, saved, do_BLHV):
     (jnp.arange(len(ks)), ks, vs),
   )
   dq_BLHX, dk_BMHX = _unblock(dqs, q_BLHX), _unblock(dks, k_BMHX)
-  return dq_BLHX, dk_BMHX, _unblock(dvs, v_BMHV), None, None
+  return dq_BLHX, dk_BMHX, _unblock(dvs, v_BMHV), None, None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -1,4 +1,4 @@
-"""Sampling with one full forward pass a token: simple, and the reference."""
+"""Sampling with one full forward pass a token: slow, plain, the reference."""
 
 import functools
 from collections.abc import Iterator, Sequence

@@ -1,0 +1,73 @@
+"""The latent cache of MLA: what decoding keeps of the past (Sec. 2.1.1).
+
+For every token and layer the normed latent and the shared rotated key, C + R
+values, and nothing for each head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3 import config
+
+DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
+
+
+class Layer(NamedTuple):
+  """The past in one layer."""
+
+  c_kv_BMC: jax.Array
+  k_r_BMR: jax.Array
+
+
+class Cache(NamedTuple):
+  """The past of B sequences, each from position 0; what lies past is stale."""
+
+  layers: tuple[Layer, ...]
+  length_B: jax.Array  # int32, tokens of each sequence
+
+  @property
+  def capacity(self) -> int:
+    return self.layers[0].c_kv_BMC.shape[1]
+
+
+def empty(
+  model: config.Model, n_sequences: int, capacity: int, dtype: str | None = None
+) -> Cache:
+  """A cache for `capacity` tokens a sequence; dtype None is `model.dtype`."""
+  dtype, a = dtype or model.dtype, model.attention
+  shape = (n_sequences, capacity)
+  layers = tuple(
+    Layer(
+      jnp.zeros((*shape, a.kv_rank), dtype),
+      jnp.zeros((*shape, a.rope_dim), dtype),
+    )
+    for _ in range(model.n_layers)
+  )
+  return Cache(layers, jnp.zeros(n_sequences, jnp.int32))
+
+
+def bytes_per_token(model: config.Model, dtype: str | None = None) -> int:
+  """(C + R) x layers x item size.
+
+  >>> from dsv3 import overlay
+  >>> bytes_per_token(config.build(overlay.load("v3_671b")).model)
+  70272
+  """
+  a = model.attention
+  size = jnp.dtype(dtype or model.dtype).itemsize
+  return (a.kv_rank + a.rope_dim) * model.n_layers * size
+
+
+def write(layer: Layer, c_kv_BLC, k_r_BLR, offset_B) -> Layer:
+  """Puts new tokens of each sequence at its own place."""
+
+  def put(past_BMX, new_BLX):
+    if past_BMX.dtype == jnp.float8_e4m3fn:  # the cast would make NaN of 449
+      new_BLX = jnp.clip(new_BLX, -448, 448)
+    new_BLX = new_BLX.astype(past_BMX.dtype)
+    one = lambda past, new, at: jax.lax.dynamic_update_slice(past, new, (at, 0))
+    return jax.vmap(one)(past_BMX, new_BLX, offset_B)
+
+  return Layer(put(layer.c_kv_BMC, c_kv_BLC), put(layer.k_r_BMR, k_r_BLR))

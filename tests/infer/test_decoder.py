@@ -1,0 +1,228 @@
+"""Decoding with a cache is the forward pass: every position, every token."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3.config import ConfigError
+from dsv3.infer import Decoder, Sampling, cache, generate, stream
+from dsv3.infer.sampling import choose
+from dsv3.nn import transformer
+from tests import micro
+from tests.infer import reference
+
+GREEDY = Sampling(temperature=0.0)
+TOLERANCE = {"float32": 2e-4, "bfloat16": 0.15, "float8_e4m3fn": 0.5}
+YARN = {
+  "model.rope.yarn_factor": 4.0,
+  "model.rope.original_len": 16,
+  "model.rope.theta": 100.0,
+}
+VARIANTS = {
+  "float32": {},
+  "no query rank": {"model.attention.q_rank": 0},
+  "yarn": YARN,
+  "unrolled": {"model.layers": "unrolled"},
+  "dense": {"model.ffn": "dense"},
+  "softmax": {"model.moe.gate": "softmax", "model.moe.balancing": "none"},
+  "bfloat16": {"model.dtype": "bfloat16"},
+}
+
+
+def make(diff, std=0.3):
+  """A model with weights large enough that tokens differ."""
+  values = micro.config_of({"model.init_std": std, **diff}).model
+  build = lambda key: transformer.make_model(values, key)
+  return jax.jit(build)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def model():
+  return make({})
+
+
+def prompts_of(*lengths):
+  rng = np.random.default_rng(0)
+  return [rng.integers(0, 256, n).tolist() for n in lengths]
+
+
+def full_logits(model, tokens):
+  """Logits of a plain forward pass over one sequence, [L, W]."""
+  run = jax.jit(lambda m, t: m.logits(m(t).hidden[0]))
+  return np.asarray(run(model, jnp.asarray(tokens)[None])[0])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_position_equals_the_full_forward_pass(name):
+  """Prefill of 1 to 70 tokens in chunks of 64, then absorbed steps to the end."""
+  made = make(VARIANTS[name])
+  (tokens,) = prompts_of(80)
+  wanted_LW = full_logits(made, tokens)
+  scale = np.abs(wanted_LW).max()
+  decoder = Decoder(made)
+  limit = TOLERANCE[made.model.dtype] * scale
+  for n in (1, 63, 65, 70):
+    logits_BW, past = decoder.prefill([tokens[:n]], 80 - n, chunk=64)
+    assert np.abs(logits_BW[0] - wanted_LW[n - 1]).max() < limit, n
+  for i in range(70, 80):
+    logits_BW, past = decoder.step(jnp.array(tokens[i : i + 1]), past)
+    assert np.abs(logits_BW[0] - wanted_LW[i]).max() < limit, i
+  assert past.length_B.tolist() == [80]
+
+
+def test_a_cache_in_fp8_is_near_the_forward_pass(model):
+  (tokens,) = prompts_of(40)
+  wanted_LW = full_logits(model, tokens)
+  decoder = Decoder(model, cache_dtype="float8_e4m3fn")
+  logits_BW, past = decoder.prefill([tokens[:30]], 10)
+  assert past.layers[0].c_kv_BMC.dtype == jnp.float8_e4m3fn
+  for i in range(30, 40):
+    logits_BW, past = decoder.step(jnp.array(tokens[i : i + 1]), past)
+    error = np.abs(logits_BW[0] - wanted_LW[i]).max()
+    assert 0 < error < TOLERANCE["float8_e4m3fn"] * np.abs(wanted_LW).max()
+
+
+def test_prompts_of_unequal_length_do_not_see_each_other(model):
+  prompts = prompts_of(3, 70, 64, 1)
+  together = generate(model, prompts, max_tokens=12, sampling=GREEDY, chunk=64)
+  for prompt, found in zip(prompts, together):
+    (alone,) = generate(model, [prompt], max_tokens=12, sampling=GREEDY)
+    assert alone.tokens == found.tokens
+    np.testing.assert_allclose(alone.log_probs, found.log_probs, atol=1e-4)
+
+
+def test_greedy_decoding_is_argmax_of_forward_token_for_token(model):
+  (prompt,) = prompts_of(5)
+  (found,) = generate(model, [prompt], max_tokens=20, sampling=GREEDY)
+  tokens = prompt + found.tokens
+  log_p_LW = jax.nn.log_softmax(full_logits(model, tokens))
+  for i, (token, log_p) in enumerate(zip(found.tokens, found.log_probs)):
+    row = log_p_LW[len(prompt) - 1 + i]
+    assert token == int(row.argmax())
+    assert log_p == pytest.approx(float(row[token]), abs=1e-4)
+  slow = reference.generate(model, prompt, 20, length=32, temperature=0.0)
+  assert found.tokens == list(slow)
+
+
+def test_the_absorbed_form_makes_no_key_or_value_of_the_past(model):
+  """Of all arrays of the step, none has the past's length and the heads' width."""
+  decoder, a = Decoder(model), model.model.attention
+  _, past = decoder.prefill([[1, 2, 3]], 197)
+  one = jnp.array([1])
+
+  def sizes(run, new_tokens, first):
+    made = jax.make_jaxpr(run)(
+      decoder._weights, past, jnp.ones((1, new_tokens), jnp.int32), one, first
+    )
+    return {
+      math.prod(v.aval.shape)
+      for eqn in equations(made.jaxpr)
+      for v in eqn.outvars
+    }
+
+  keys = past.capacity * a.n_heads * (a.nope_dim + a.rope_dim)
+  assert keys in sizes(decoder._prefill, 64, 0)
+  assert max(sizes(decoder._step, 1, None)) < keys
+
+
+def equations(jaxpr):
+  """All equations of a program, those of its inner programs too."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jax.core.jaxprs_in_params(eqn.params):
+      yield from equations(inner)
+
+
+def test_cache_holds_the_latent_and_the_rotated_key_alone():
+  values = micro.config_of().model
+  for dtype, size in (("float32", 4), ("bfloat16", 2), ("float8_e4m3fn", 1)):
+    made = cache.empty(values, 2, 64, dtype)
+    held = sum(x.nbytes for x in jax.tree.leaves(made.layers))
+    a = values.attention
+    wanted = (a.kv_rank + a.rope_dim) * values.n_layers * size
+    assert cache.bytes_per_token(values, dtype) == wanted == held / (2 * 64)
+
+
+def test_a_stop_token_ends_its_sequence_and_not_the_others(model):
+  prompts = prompts_of(4, 6)
+  free = generate(model, prompts, max_tokens=10, sampling=GREEDY)
+  stop = free[0].tokens[3]
+  found = generate(model, prompts, max_tokens=10, sampling=GREEDY, stop=[stop])
+  n = free[0].tokens.index(stop)
+  assert found[0].tokens == free[0].tokens[:n] and found[0].stopped
+  if stop not in free[1].tokens:
+    assert found[1] == free[1] and not found[1].stopped
+  steps = list(
+    stream(model, prompts, max_tokens=10, sampling=GREEDY, stop=[stop])
+  )
+  assert steps[n].tokens_B[0] == stop
+  assert all(step.tokens_B[0] == -1 for step in steps[n + 1 :])
+
+
+def test_a_seed_and_a_place_give_one_text(model):
+  draw = lambda prompts, seed: generate(
+    model, prompts, max_tokens=12, seed=seed
+  )
+  prompts = prompts_of(4, 4)
+  assert draw(prompts, 1) == draw(prompts, 1)
+  assert draw(prompts, 1) != draw(prompts, 2)
+  alone, first = draw(prompts[:1], 1)[0], draw(prompts, 1)[0]
+  assert alone.tokens == first.tokens
+  same = draw([prompts[0], prompts[0]], 1)
+  assert same[0].tokens != same[1].tokens
+
+
+def draws(p_W, n=8000, **kwargs):
+  keys = jax.random.split(jax.random.key(0), n)
+  one = lambda key: choose(jnp.log(p_W), key, Sampling(**kwargs))[0]
+  return np.bincount(jax.jit(jax.vmap(one))(keys), minlength=4) / n
+
+
+@pytest.mark.parametrize(
+  "kwargs, wanted",
+  [
+    ({}, [0.1, 0.4, 0.2, 0.3]),
+    ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+    ({"temperature": 0.0}, [0, 1, 0, 0]),
+    ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+    ({"top_k": 1}, [0, 1, 0, 0]),
+    ({"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),
+    ({"top_p": 0.0}, [0, 1, 0, 0]),
+    ({"min_p": 0.45}, [0, 4 / 9, 2 / 9, 3 / 9]),
+    ({"min_p": 0.5, "top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+  ],
+)
+def test_tokens_are_drawn_as_often_as_they_should(kwargs, wanted):
+  found = draws(jnp.array([0.1, 0.4, 0.2, 0.3]), **kwargs)
+  np.testing.assert_allclose(found, wanted, atol=0.02)
+  assert (found[np.array(wanted) == 0] == 0).all()
+
+
+def test_greedy_takes_the_first_of_equal_logits():
+  token, _ = choose(jnp.array([0.0, 2.0, 2.0, 1.0]), jax.random.key(0), GREEDY)
+  assert int(token) == 1
+
+
+@pytest.mark.parametrize(
+  "kwargs, wanted",
+  [
+    ({"sampling": Sampling(top_p=1.5)}, "top_p: found 1.5"),
+    ({"sampling": Sampling(temperature=-1)}, "temperature: found -1"),
+    ({"max_tokens": 0}, "max_tokens: found 0"),
+    ({"prompts": [[1], []]}, "prompts: found an empty one"),
+  ],
+)
+def test_what_cannot_be_is_named(kwargs, wanted, model):
+  arguments = {"prompts": [[1]], "max_tokens": 3} | kwargs
+  with pytest.raises(ConfigError, match=wanted):
+    generate(model, **arguments)
+
+
+def test_attention_without_a_latent_and_unknown_caches_are_refused(model):
+  with pytest.raises(ConfigError, match="wanted mla"):
+    Decoder(make({"model.attention.kind": "gqa"}))
+  with pytest.raises(ConfigError, match="found int4"):
+    Decoder(model, cache_dtype="int4")
