@@ -70,7 +70,7 @@ def stream(
       return
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="sampling")
 def _draw(logits_BW, keys_B, i, sampling):
   keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
   return jax.vmap(choose, (0, 0, None))(logits_BW, keys_B, sampling)

@@ -40,16 +40,21 @@ def filtered(logits_W: jax.Array, sampling: Sampling) -> jax.Array:
   >>> [f"{x:.2f}" for x in jnp.exp(filtered(jnp.log(p_W), Sampling(top_k=2)))]
   ['0.00', '0.67', '0.33']
   """
-  cold = sampling.temperature <= 0
-  scaled_W = logits_W / jnp.where(cold, 1.0, sampling.temperature)
+  if sampling.temperature <= 0:
+    best_W = jnp.arange(logits_W.size) == jnp.argmax(logits_W)
+    return jnp.where(best_W, 0.0, -jnp.inf)
+  scaled_W = logits_W / sampling.temperature
+  if (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1.0, 0.0):
+    return jax.nn.log_softmax(scaled_W)  # a sort of all tokens takes long
   order_W = jnp.argsort(-scaled_W)
   p_W = jax.nn.softmax(scaled_W[order_W])
   place_W = jnp.arange(p_W.size)
   # A token stays while those before it have less than top_p.
   kept_W = jnp.cumsum(p_W) - p_W < sampling.top_p
-  kept_W &= (place_W < sampling.top_k) | (sampling.top_k == 0)
+  if sampling.top_k:
+    kept_W &= place_W < sampling.top_k
   kept_W &= p_W >= sampling.min_p * p_W[0]
-  kept_W = jnp.where(cold, False, kept_W).at[0].set(True)
+  kept_W = kept_W.at[0].set(True)
   log_p_W = jax.nn.log_softmax(jnp.where(kept_W, scaled_W[order_W], -jnp.inf))
   return jnp.zeros_like(log_p_W).at[order_W].set(log_p_W)
 
@@ -63,7 +68,8 @@ def choose(
   >>> int(choose(logits_W, jax.random.key(0), Sampling(temperature=0.0))[0])
   1
   """
-  drawn = jax.random.categorical(key, filtered(logits_W, sampling))
-  # Greedy means the first of the largest logits, whatever the sort does.
-  token = jnp.where(sampling.temperature <= 0, jnp.argmax(logits_W), drawn)
+  if sampling.temperature <= 0:
+    token = jnp.argmax(logits_W)
+  else:
+    token = jax.random.categorical(key, filtered(logits_W, sampling))
   return token, jax.nn.log_softmax(logits_W)[token]

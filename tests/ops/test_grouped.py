@@ -154,3 +154,16 @@ def test_errors_name_the_choices(monkeypatch):
   monkeypatch.setitem(sys.modules, "tokamax", None)
   with pytest.raises(ImportError, match="pip install tokamax"):
     grouped_matmul(x_AI, w_EIO, load_E, kernel="tokamax")
+
+
+@pytest.mark.parametrize("load", [[1, 0, 2, 0], [0, 0, 0, 4], [0, 0, 0, 0]])
+def test_few_rows_one_by_one_equal_dense(load):
+  x_AI, w_EIO = inputs()
+  x_AI, n_experts = x_AI[:7], len(load)
+  assert len(x_AI) <= grouped.FEW_ROWS * n_experts
+  load_E = jnp.asarray(load, jnp.int32)
+  both = [
+    grouped_matmul(x_AI, w_EIO[:n_experts], load_E, kernel=kernel)
+    for kernel in ("tiles", "dense")
+  ]
+  np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-5)
