@@ -132,8 +132,10 @@ def equations(jaxpr):
   """All equations of a program, those of its inner programs too."""
   for eqn in jaxpr.eqns:
     yield eqn
-    for inner in jax.core.jaxprs_in_params(eqn.params):
-      yield from equations(inner)
+    for value in jax.tree.leaves(list(eqn.params.values())):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from equations(inner)
 
 
 def test_cache_holds_the_latent_and_the_rotated_key_alone():
