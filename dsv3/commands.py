@@ -18,7 +18,7 @@ from dsv3.eval import bpb
 from dsv3.hf import convert
 from dsv3.infer import Sampling, stream
 from dsv3.plan import count
-from dsv3.train import feed, loop, run, schedule
+from dsv3.train import feed, identity, loop, run, schedule
 from dsv3.train.restore import Trained, restore
 
 
@@ -36,7 +36,7 @@ def _values(arguments: argparse.Namespace) -> ConfigDict:
 def _tokenizer(trained: Trained) -> tokenizer.Tokenizer:
   values = trained.values
   found = tokenizer.load(values.data.tokenizer, values.model.vocab_size)
-  loop.check_tokenizer(trained.meta, found)
+  identity.check_tokenizer(trained.meta, found)
   return found
 
 
@@ -108,7 +108,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
   _tokenizer(trained)
   heldout = batches.Batches(values, 0, "heldout")
   training = batches.Batches(values, values.train.seed)
-  if change := loop.other_text(trained.meta, training):
+  if change := identity.other_text(trained.meta, training):
     print(f"{change}: not the text that the run has logged", file=sys.stderr)
   n_batches = arguments.batches or values.train.final_eval_batches
   score = bpb.score(

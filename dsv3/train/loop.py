@@ -11,8 +11,6 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Mapping
-from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -22,36 +20,15 @@ from dsv3.cache import use_compilation_cache
 from dsv3.config import ConfigError
 from dsv3.data.batches import Batches
 from dsv3.data.prefetch import prefetch
-from dsv3.data.tokenizer import Tokenizer
 from dsv3.eval import bpb
 from dsv3.plan import count
-from dsv3.train import feed, optimizer, run, schedule, state
+from dsv3.train import feed, identity, optimizer, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
 from dsv3.train.clock import Clock
 from dsv3.train.ema import HostEma
 from dsv3.train.interrupt import Interrupts
 from dsv3.train.logs import MetricsLog, Progress
 from dsv3.train.step import train_step
-
-
-def check_tokenizer(meta: Mapping[str, Any], tokens: Tokenizer) -> None:
-  """ConfigError if a checkpoint's weights have learnt other token ids."""
-  found, wanted = tokens.digest, meta.get("tokenizer", tokens.digest)
-  if found != wanted:
-    raise ConfigError(
-      f"config.data.tokenizer: found digest {found}, wanted {wanted}, that of "
-      "the checkpoint: the file has changed since"
-    )
-
-
-def other_text(meta: Mapping[str, Any], data: Batches) -> str | None:
-  """How the text of a checkpoint and what is found now differ, or None."""
-  found = data.identity()
-  wanted = meta.get("corpus", found)  # imported weights have none
-  if found == wanted:
-    return None
-  pairs = [p for p in zip_longest(found, wanted) if p[0] != p[1]]
-  return f"corpus: found {pairs[0][0]}, the checkpoint's is {pairs[0][1]}"
 
 
 class RunFailed(RuntimeError):
@@ -163,29 +140,23 @@ class _Trainer:
     trees = trees_of(like, like.params if on_host else None)
     wanted = abstract(trees, on_host=("ema",) if on_host else ())
     found = self.checkpoints.restore_newest(wanted, print, set_aside=True)
+    self.done, self.sequences_ahead = 0, 0
     if found is None:
-      self.done, self.sequences_ahead = 0, 0
       self.state = jax.jit(lambda: create()[1])()
+      average = self.state.params
+    elif found[2].get("weights_only"):  # an import: training begins with it
+      _, trees, _ = found
+      router = trees.get("router", like.router)
+      self.state = state.of_weights(self.values, adam, trees["params"], router)
       average = self.state.params
     else:
       self.done, trees, meta = found
-      if meta.get("weights_only"):  # an import: training begins with it
-        self.state = state.of_weights(
-          self.values, adam, trees["params"], trees.get("router", like.router)
-        )
-        self.sequences_ahead = 0
-        self.host_ema = (
-          HostEma(self.state.params, train_values.ema_decay)
-          if (on_host)
-          else None
-        )
-        return
       self.state, average = state_of(trees, like), trees.get("ema")
+      identity.check_tokenizer(meta, self.tokenizer)
+      if change := identity.other_text(meta, self.data):
+        print(f"{change}: from here on the run reads other text")
       # A run may go on with more steps, which moves the stairs of a batch
       # ramp; the data still goes on from the first sequence not yet seen.
-      check_tokenizer(meta, self.tokenizer)
-      if change := other_text(meta, self.data):
-        print(f"{change}: from here on the run reads other text")
       planned = self.schedule.first_sequence(self.done)
       self.sequences_ahead = meta["sequences"] - planned
     decay = train_values.ema_decay
@@ -382,8 +353,7 @@ class _Trainer:
       {
         "sequences": self._sequences(self.done),
         "seed": self.values.train.seed,
-        "corpus": self.data.identity(),
-        "tokenizer": self.tokenizer.digest,
+        **identity.describe(self.data),
       },
       bits_per_byte=score.bits_per_byte if score else None,
     )
