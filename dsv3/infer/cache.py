@@ -22,10 +22,14 @@ class Layer(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """The past of B sequences, each from position 0; what lies past is stale."""
+  """The past of B sequences, each from slot 0; what lies past is stale.
+
+  To roll back is to lower `length_B`: new tokens overwrite what is stale.
+  """
 
   layers: tuple[Layer, ...]
   length_B: jax.Array  # int32, tokens of each sequence
+  modules: tuple[Layer, ...] = ()  # of MTP modules, where they draft
 
   @property
   def capacity(self) -> int:
@@ -33,7 +37,11 @@ class Cache(NamedTuple):
 
 
 def empty(
-  model: config.Model, n_sequences: int, capacity: int, dtype: str | None = None
+  model: config.Model,
+  n_sequences: int,
+  capacity: int,
+  dtype: str | None = None,
+  n_modules: int = 0,
 ) -> Cache:
   """A cache for `capacity` tokens a sequence; dtype None is `model.dtype`."""
   dtype, a = dtype or model.dtype, model.attention
@@ -43,9 +51,13 @@ def empty(
       jnp.zeros((*shape, a.kv_rank), dtype),
       jnp.zeros((*shape, a.rope_dim), dtype),
     )
-    for _ in range(model.n_layers)
+    for _ in range(model.n_layers + n_modules)
   )
-  return Cache(layers, jnp.zeros(n_sequences, jnp.int32))
+  return Cache(
+    layers[: model.n_layers],
+    jnp.zeros(n_sequences, jnp.int32),
+    layers[model.n_layers :],
+  )
 
 
 def bytes_per_token(model: config.Model, dtype: str | None = None) -> int:

@@ -8,6 +8,7 @@ past.
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +18,24 @@ from flax import nnx
 from dsv3 import config
 from dsv3.config import ConfigError
 from dsv3.infer import cache as caches
+from dsv3.infer import mtp
 from dsv3.infer.cache import Cache
-from dsv3.nn import moe
-from dsv3.nn.block import unstack
-from dsv3.nn.mla import attend, rope_frequencies
+from dsv3.infer.network import Network, Window, run_blocks
 from dsv3.nn.transformer import Transformer
 
 
-class Decoder:
-  """Weights laid out for decoding, and the two compiled functions.
+class Past(NamedTuple):
+  """What prefill leaves behind."""
 
-  The layers are unstacked once, here: inside the step every slice of a stack
-  would be a copy of it. Raises ConfigError for attention without a latent.
+  cache: Cache
+  hidden_BD: jax.Array  # of the last token, after the last block
+  modules: mtp.Inputs  # what MTP modules go on with
+
+
+class Decoder:
+  """Weights laid out for decoding, and the compiled functions.
+
+  Raises ConfigError for attention without a latent.
   """
 
   def __init__(self, model: Transformer, *, cache_dtype: str | None = None):
@@ -43,18 +50,14 @@ class Decoder:
         f"cache: found {cache_dtype}, wanted one of {', '.join(caches.DTYPES)}"
       )
     self.cache_dtype = cache_dtype
-    self._graphdef, self._weights = nnx.split(_Unstacked(model))
-    run = functools.partial(_extend, graphdef=self._graphdef)
+    self.graphdef, self.weights = nnx.split(Network(model))
     self._prefill = jax.jit(
-      functools.partial(run, absorbed=False), donate_argnums=1
+      functools.partial(_prefill, graphdef=self.graphdef), donate_argnums=1
     )
     self._step = jax.jit(
-      functools.partial(run, absorbed=True), donate_argnums=1
+      functools.partial(_step, graphdef=self.graphdef), donate_argnums=1
     )
-
-  def empty(self, n_sequences: int, capacity: int) -> Cache:
-    """A cache for so many tokens of so many sequences."""
-    return caches.empty(self.model, n_sequences, capacity, self.cache_dtype)
+    self._logits = jax.jit(functools.partial(_logits, graphdef=self.graphdef))
 
   def prefill(
     self, prompts: Sequence[Sequence[int]], room: int, chunk: int = 512
@@ -64,34 +67,50 @@ class Decoder:
     Prompts may be of unequal lengths, none empty. The cache has `room` for that
     many tokens more. `chunk` positions are computed at once: what bounds memory.
     """
+    past = self.read(prompts, room, chunk)
+    return self._logits(self.weights, past.hidden_BD), past.cache
+
+  def read(
+    self,
+    prompts: Sequence[Sequence[int]],
+    room: int,
+    chunk: int = 512,
+    n_modules: int = 0,
+  ) -> Past:
+    """As `prefill`, without the logits; so many MTP modules read too."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths.size or not lengths.all():
       raise ConfigError("prompts: found an empty one, wanted at least a token")
     longest = int(lengths.max())
     chunk = min(chunk, _round_up(longest))
-    n_chunks = -(-longest // chunk)
-    tokens_BL = np.zeros((len(prompts), n_chunks * chunk), np.int32)
+    padded = -(-longest // chunk) * chunk
+    tokens_BL = np.zeros((len(prompts), padded + 1), np.int32)
     for row, prompt in zip(tokens_BL, prompts):
       row[: len(prompt)] = prompt
-    capacity = _round_up(max(n_chunks * chunk, longest + room))
-    cache, logits_BW = self.empty(len(prompts), capacity), None
-    for first in range(0, n_chunks * chunk, chunk):
-      part = tokens_BL[:, first : first + chunk]
-      new_B = np.clip(lengths - first, 0, chunk)
-      found_BW, cache = self._prefill(self._weights, cache, part, new_B, first)
-      ends_B1 = (new_B > 0)[:, None]  # of some the last chunk was before
-      logits_BW = (
-        found_BW if first == 0 else jnp.where(ends_B1, found_BW, logits_BW)
-      )
-    return logits_BW, cache
+    past = self._empty(
+      len(prompts), _round_up(max(padded, longest + room)), n_modules
+    )
+    for first in range(0, padded, chunk):
+      part = tokens_BL[:, first : first + chunk + 1]
+      past = self._prefill(self.weights, past, part, lengths, first)
+    return past
+
+  def _empty(self, n_sequences: int, capacity: int, n_modules: int) -> Past:
+    cache = caches.empty(
+      self.model, n_sequences, capacity, self.cache_dtype, n_modules
+    )
+    zeros_BD = lambda: jnp.zeros(
+      (n_sequences, self.model.dim), self.model.dtype
+    )
+    before = tuple(zeros_BD() for _ in range(n_modules - 1))
+    return Past(cache, zeros_BD(), before)
 
   def step(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Logits after one more token of each sequence, and the longer past.
 
     The cache that goes in is used up: its memory holds the one that comes out.
     """
-    new_B = jnp.ones_like(cache.length_B)
-    return self._step(self._weights, cache, tokens_B[:, None], new_B, None)
+    return self._step(self.weights, cache, tokens_B)
 
 
 def _round_up(n: int) -> int:
@@ -99,58 +118,34 @@ def _round_up(n: int) -> int:
   return -(-n // 64) * 64
 
 
-class _Unstacked(nnx.Module):
-  """A Transformer with a list of blocks, without MTP modules."""
-
-  def __init__(self, model: Transformer):
-    self.embed, self.head, self.norm = model.embed, model.head, model.norm
-    stacks = [getattr(model, n) for n in ("dense", "moe") if hasattr(model, n)]
-    self.blocks = nnx.List([b for stack in stacks for b in unstack(stack)])
-    self.model = model.model
-
-
-def _extend(weights, cache, tokens_BL, new_B, first, *, graphdef, absorbed):
-  """Logits after the last of `new_B` new tokens of each row, and the cache.
-
-  `first`: in the plain form, the position of all rows' first new token.
-  """
-  model = nnx.merge(graphdef, weights)
-  length = tokens_BL.shape[1]
-  inside_BL = (jnp.arange(length) < new_B[:, None]).astype(jnp.int32)
-  offset_B = (
-    cache.length_B if absorbed else jnp.full_like(cache.length_B, first)
+def _prefill(weights, past, tokens_BL, lengths_B, first, *, graphdef):
+  """Reads a chunk of all prompts, from slot `first`, and the token after it."""
+  net = nnx.merge(graphdef, weights)
+  tokens_BL, next_BL = tokens_BL[:, :-1], tokens_BL[:, 1:]
+  n_tokens = tokens_BL.shape[1]
+  new_B = jnp.clip(lengths_B - first, 0, n_tokens)
+  offset_B = jnp.full_like(lengths_B, first)
+  inside_BL = (jnp.arange(n_tokens) < new_B[:, None]).astype(jnp.int32)
+  window = Window(offset_B, inside_BL, absorbed=False)
+  x_BLD, cache = run_blocks(net, tokens_BL, past.cache, window)
+  last_B = lengths_B - 1 - first
+  cache, modules = mtp.read(
+    net, x_BLD, next_BL, cache, past.modules, window, last_B
   )
-  x_BLD = model.embed[...][tokens_BL].astype(model.model.dtype)
-  layers = []
-  for block, layer in zip(model.blocks, cache.layers, strict=True):
-    h_BLD = block.attention_norm(x_BLD)
-    u_BLD, layer = _attention(
-      block.attention, h_BLD, layer, offset_B, inside_BL, absorbed
-    )
-    x_BLD = x_BLD + u_BLD
-    u_BLD = block.ffn_norm(x_BLD)
-    if isinstance(block.ffn, moe.Moe):
-      x_BLD = x_BLD + block.ffn(u_BLD, inside_BL)[0]
-    else:
-      x_BLD = x_BLD + block.ffn(u_BLD)
-    layers.append(layer)
-  last_B11 = jnp.maximum(new_B - 1, 0)[:, None, None]
-  last_BD = jnp.take_along_axis(x_BLD, last_B11, axis=1)[:, 0]
-  logits_BW = Transformer.logits(model, model.norm(last_BD)[:, None])[:, 0]
-  return logits_BW, Cache(tuple(layers), cache.length_B + new_B)
+  cache = cache._replace(length_B=cache.length_B + new_B)
+  hidden_BD = mtp.carry(past.hidden_BD, x_BLD, last_B)
+  return Past(cache, hidden_BD, modules)
 
 
-def _attention(mla, h_BLD, layer, offset_B, inside_BL, absorbed):
-  turns, offset_B1 = rope_frequencies(mla.model), offset_B[:, None]
-  q = mla.queries(h_BLD, turns, offset_B1)
-  layer = caches.write(layer, *mla.latent(h_BLD, turns, offset_B1), offset_B)
-  if absorbed:
-    positions_BL = offset_B1 + jnp.arange(h_BLD.shape[1])
-    sees_BLM = positions_BL[..., None] >= jnp.arange(layer.c_kv_BMC.shape[1])
-    return mla.absorbed(q, *layer, sees_BLM), layer
-  c_kv_BMC, k_r_BMR = (x.astype(h_BLD.dtype) for x in layer)
-  k, v = mla.expand(c_kv_BMC, k_r_BMR)
-  o = attend(
-    q, k, v, mla.w_o, inside_BL, mla.model, mla.gemm, start=offset_B[0]
-  )
-  return o, layer
+def _step(weights, cache, tokens_B, *, graphdef):
+  net = nnx.merge(graphdef, weights)
+  tokens_BL = tokens_B[:, None]
+  window = Window(cache.length_B, jnp.ones_like(tokens_BL), absorbed=True)
+  x_BLD, cache = run_blocks(net, tokens_BL, cache, window)
+  cache = cache._replace(length_B=cache.length_B + 1)
+  return net.logits(net.norm(x_BLD))[:, 0], cache
+
+
+def _logits(weights, hidden_BD, *, graphdef):
+  net = nnx.merge(graphdef, weights)
+  return net.logits(net.norm(hidden_BD[:, None]))[:, 0]

@@ -143,11 +143,12 @@ class Mla(nnx.Module):
 
 
 def attend(
-  q, k, v_BLHV, w_o, segments_BL, model, gemm, start=None
+  q, k, v_BLHV, w_o, segments_BL, model, gemm, *, segments_BM=None, start=None
 ) -> jax.Array:
   """Attention of all heads and the output projection (Eq. 10, 11).
 
-  `start`: position of the first query among the keys, as in `attention`.
+  `segments_BM` of the keys and `start`, the position of the first query among
+  them, are as in `attention`.
   """
   a, r = model.attention, model.rope
   with jax.named_scope("eq10"):
@@ -158,7 +159,7 @@ def attend(
       v_BLHV,
       scale=scale,
       segments_BL=segments_BL,
-      segments_BM=None if start is None else jnp.ones(k.shape[:2], jnp.int32),
+      segments_BM=segments_BM,
       start=start,
       kernel=a.kernel,
     )

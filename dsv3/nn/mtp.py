@@ -28,20 +28,24 @@ class MtpModule(nnx.Module):
     self.norm = RmsNorm(model.dim, model.norm_eps)
     self.model = model
 
-  def __call__(self, h_BLD, e_BLD, segments_BL):
-    """h^k before its norm from h^(k-1) and Emb(t_(i+k)), and the traffic."""
+  def join(self, h_BLD, e_BLD) -> jax.Array:
+    """The block's input, from h^(k-1) and Emb(t_(i+k)) (Eq. 21)."""
     with jax.named_scope("eq21"):
       parts = [self.hnorm(h_BLD), self.enorm(e_BLD)]
       if self.model.mtp.concat == "embedding_hidden":
         parts.reverse()
       pair = jnp.concatenate(parts, axis=-1)
       # High precision, as in the release: this projection has no FP8 scales.
-      x_BLD = jnp.einsum(
+      return jnp.einsum(
         "BLI,ID->BLD",
         pair,
         self.proj[...].astype(pair.dtype),
         precision="highest" if pair.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
       ).astype(pair.dtype)
+
+  def __call__(self, h_BLD, e_BLD, segments_BL):
+    """h^k before its norm from h^(k-1) and Emb(t_(i+k)), and the traffic."""
+    x_BLD = self.join(h_BLD, e_BLD)
     with jax.named_scope("eq22"):
       return block.run(self.block, x_BLD, segments_BL, self.model.remat)

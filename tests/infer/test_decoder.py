@@ -110,22 +110,21 @@ def test_greedy_decoding_is_argmax_of_forward_token_for_token(model):
 def test_the_absorbed_form_makes_no_key_or_value_of_the_past(model):
   """Of all arrays of the step, none has the past's length and the heads' width."""
   decoder, a = Decoder(model), model.model.attention
-  _, past = decoder.prefill([[1, 2, 3]], 197)
+  past = decoder.read([[1, 2, 3]], 197)
   one = jnp.array([1])
 
-  def sizes(run, new_tokens, first):
-    made = jax.make_jaxpr(run)(
-      decoder._weights, past, jnp.ones((1, new_tokens), jnp.int32), one, first
-    )
+  def sizes(run, past, *args):
+    made = jax.make_jaxpr(run)(decoder.weights, past, *args)
     return {
       math.prod(v.aval.shape)
       for eqn in equations(made.jaxpr)
       for v in eqn.outvars
     }
 
-  keys = past.capacity * a.n_heads * (a.nope_dim + a.rope_dim)
-  assert keys in sizes(decoder._prefill, 64, 0)
-  assert max(sizes(decoder._step, 1, None)) < keys
+  keys = past.cache.capacity * a.n_heads * (a.nope_dim + a.rope_dim)
+  chunk = jnp.ones((1, 65), jnp.int32)
+  assert keys in sizes(decoder._prefill, past, chunk, one, 0)
+  assert max(sizes(decoder._step, past.cache, one)) < keys
 
 
 def equations(jaxpr):
@@ -160,8 +159,8 @@ def test_a_stop_token_ends_its_sequence_and_not_the_others(model):
   steps = list(
     stream(model, prompts, max_tokens=10, sampling=GREEDY, stop=[stop])
   )
-  assert steps[n].tokens_B[0] == stop
-  assert all(step.tokens_B[0] == -1 for step in steps[n + 1 :])
+  assert steps[n].tokens[0] == [stop]
+  assert all(step.tokens[0] == [] for step in steps[n + 1 :])
 
 
 def test_a_seed_and_a_place_give_one_text(model):

@@ -1,0 +1,105 @@
+"""The forward pass over a window of new tokens, beside what is cached.
+
+A window is L new slots of every sequence. All rows of a plain window begin at
+one slot, and run keys and values of all heads; an absorbed one begins where
+each sequence ends. Both write the latents of the window into the cache.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3.infer import cache as caches
+from dsv3.infer.cache import Cache, Layer
+from dsv3.nn import moe
+from dsv3.nn.block import unstack
+from dsv3.nn.mla import attend, rope_frequencies
+from dsv3.nn.transformer import Transformer
+
+
+class Network(nnx.Module):
+  """A Transformer with lists of blocks and MTP modules in place of stacks.
+
+  Inside a step every slice of a stack would be a copy of it.
+  """
+
+  def __init__(self, model: Transformer):
+    self.embed, self.head, self.norm = model.embed, model.head, model.norm
+    stacks = [getattr(model, n) for n in ("dense", "moe") if hasattr(model, n)]
+    self.blocks = nnx.List([b for stack in stacks for b in unstack(stack)])
+    modules = unstack(model.mtp) if hasattr(model, "mtp") else []
+    self.modules = nnx.List(modules)
+    self.model = model.model
+
+  embedding = Transformer.embedding
+  logits = Transformer.logits
+
+
+class Window(NamedTuple):
+  """Which slots are new."""
+
+  offset_B: jax.Array  # int32, slot of the first
+  inside_BL: jax.Array  # int32, 0 for padding, which is routed to no expert
+  absorbed: bool  # else in the plain form, all rows from offset_B[0]
+
+
+def run_blocks(
+  net: Network, tokens_BL: jax.Array, cache: Cache, window: Window
+) -> tuple[jax.Array, Cache]:
+  """The stream after the last block, [B, L, D], and the cache.
+
+  The length of the cache stays: the caller says how many of the tokens count.
+  """
+  x_BLD, layers = net.embedding(tokens_BL), []
+  for block, layer in zip(net.blocks, cache.layers, strict=True):
+    x_BLD, layer = run_block(block, x_BLD, layer, window)
+    layers.append(layer)
+  return x_BLD, cache._replace(layers=tuple(layers))
+
+
+def run_block(
+  block, x_BLD: jax.Array, layer: Layer, window: Window, first: int = 0
+) -> tuple[jax.Array, Layer]:
+  """A block over the window; slots from `first` on see none before it."""
+  h_BLD = block.attention_norm(x_BLD)
+  u_BLD, layer = _attention(block.attention, h_BLD, layer, window, first)
+  x_BLD = x_BLD + u_BLD
+  u_BLD = block.ffn_norm(x_BLD)
+  if isinstance(block.ffn, moe.Moe):
+    return x_BLD + block.ffn(u_BLD, window.inside_BL)[0], layer
+  return x_BLD + block.ffn(u_BLD), layer
+
+
+def _attention(mla, h_BLD, layer, window, first):
+  offset_B, inside_BL, absorbed = window
+  turns, offset_B1 = rope_frequencies(mla.model), offset_B[:, None]
+  q = mla.queries(h_BLD, turns, offset_B1)
+  layer = caches.write(layer, *mla.latent(h_BLD, turns, offset_B1), offset_B)
+  slots_BL = offset_B1 + jnp.arange(h_BLD.shape[1])
+  slots_M = jnp.arange(layer.c_kv_BMC.shape[1])
+  if absorbed:
+    sees_BLM = slots_BL[..., None] >= slots_M
+    sees_BLM &= (slots_BL[..., None] < first) | (slots_M >= first)
+    return mla.absorbed(q, *layer, sees_BLM), layer
+  c_kv_BMC, k_r_BMR = (x.astype(h_BLD.dtype) for x in layer)
+  k, v = mla.expand(c_kv_BMC, k_r_BMR)
+  segment = lambda slots: 1 + (slots >= first).astype(jnp.int32)
+  o = attend(
+    q,
+    k,
+    v,
+    mla.w_o,
+    segment(slots_BL) * inside_BL,
+    mla.model,
+    mla.gemm,
+    segments_BM=jnp.broadcast_to(segment(slots_M), k.shape[:2]),
+    start=offset_B[0],
+  )
+  return o, layer
+
+
+def at(x_BLD: jax.Array, index_B: jax.Array) -> jax.Array:
+  """One position of each sequence, [B, D]."""
+  return jnp.take_along_axis(x_BLD, index_B[:, None, None], axis=1)[:, 0]
