@@ -15,6 +15,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12.8",
     "chex>=0.1.92",
     "ml_collections>=1.1.0",
+    "jinja2>=3.1",
     "numpy>=2.4",
     "tokenizers>=0.23",
     "tensorboardX>=2.6.5",
@@ -22,8 +23,12 @@ setuptools.setup(
   ],
   extras_require={
     "parquet": ["pyarrow>=26"],
+    "plot": ["matplotlib>=3.11"],
+    "harness": ["lm_eval>=0.4.13"],
     "test": [
       "hypothesis>=6.170",
+      "lm_eval>=0.4.13",
+      "matplotlib>=3.11",
       "pyarrow>=26",
       "pytest>=9.2",
       "pytest-xdist>=3.8",

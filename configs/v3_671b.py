@@ -110,6 +110,7 @@ def get_config() -> ConfigDict:
 
   train = config.train = ConfigDict()
   train.seed = 0  # ours
+  train.start_from = ""  # ours: from drawn weights
   train.tokens = 14.8e12  # Sec. 4.2
   train.steps = 0  # ours: 0 is as many as train.tokens takes
   train.max_minutes = 0.0  # ours: 0 is no limit

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 _OVERRIDES = """\
 any key of the config can be set:  --config.train.steps=2000
@@ -65,24 +65,55 @@ def _parser() -> argparse.ArgumentParser:
   evaluate.add_argument(
     "--batches", type=_count, metavar="N", help="[train.final_eval_batches]"
   )
+  evaluate.add_argument(
+    "--drafts",
+    type=_whole,
+    metavar="N",
+    help="of MTP modules, to count those kept; 0: none [2]",
+  )
 
   sample = add("sample", "write on from a prompt")
   _add_run(sample)
   sample.add_argument("--prompt", required=True, metavar="TEXT")
-  sample.add_argument("--tokens", type=_count, default=200, metavar="N")
-  sample.add_argument(
-    "--temperature", type=_share, default=0.8, help="0: the likeliest [0.8]"
+  _add_sampling(sample, n_tokens=200, temperature=0.8)
+
+  chat = add("chat", "a conversation under the tokenizer's chat template")
+  _add_run(chat)
+  chat.add_argument("--system", metavar="TEXT", help="the system's message")
+  chat.add_argument(
+    "--template", metavar="FILE", help="Jinja [that of the tokenizer]"
   )
-  sample.add_argument(
-    "--top_p", type=_share, default=0.95, help="share to draw from [0.95]"
+  _add_sampling(chat, n_tokens=1024, temperature=0.6)
+
+  needle = add("needle", "find a number hidden in long text: a map (Fig. 8)")
+  _add_run(needle)
+  # No --config: the model is the run's. --config.data.KEY is for the text.
+  needle.set_defaults(config=None)
+  needle.epilog = (
+    "other text than what the run holds out:  --config.data.sources=FOLDER"
   )
-  sample.add_argument(
-    "--top_k", type=_whole, default=0, help="of the likeliest [0: all]"
+  needle.add_argument(
+    "--lengths",
+    type=_list_of(_count),
+    default="512,1024,2048",
+    metavar="N,N",
+    help="tokens of a prompt and its answer [512,1024,2048]",
   )
-  sample.add_argument(
-    "--min_p", type=_share, default=0.0, help="relative to the likeliest [0]"
+  needle.add_argument(
+    "--depths",
+    type=_list_of(_share),
+    default="0,25,50,75,100",
+    metavar="P,P",
+    help="percent of the text before the needle [0,25,50,75,100]",
   )
-  sample.add_argument("--seed", type=_seed, default=0, help="[0]")
+  needle.add_argument(
+    "--trials", type=_count, default=5, metavar="N", help="a cell [5]"
+  )
+  needle.add_argument(
+    "--batch", type=_count, default=8, metavar="N", help="prompts at once [8]"
+  )
+  needle.add_argument("--seed", type=_seed, default=0, help="[0]")
+  needle.add_argument("--out", metavar="DIR", help="[needle in the run folder]")
 
   data = add("data", "the documents and tokens that a step reads", config=True)
   data.add_argument(
@@ -99,9 +130,9 @@ def _parser() -> argparse.ArgumentParser:
   convert.add_argument("--out", metavar="DIR", help="a new folder")
   convert.add_argument(
     "--dtype",
-    choices=("bfloat16", "float32"),
+    choices=("bfloat16", "float32", "fp8"),
     default="bfloat16",
-    help="of weights and activations [bfloat16]",
+    help="what weights are kept in [bfloat16]",
   )
   convert.add_argument(
     "--dry-run", action="store_true", help="from-hf: check and report, no more"
@@ -133,10 +164,53 @@ def _add_run(command: argparse.ArgumentParser) -> None:
   )
 
 
+def _add_sampling(
+  command: argparse.ArgumentParser, *, n_tokens: int, temperature: float
+) -> None:
+  command.add_argument(
+    "--tokens",
+    type=_count,
+    default=n_tokens,
+    metavar="N",
+    help=f"at most so many [{n_tokens}]",
+  )
+  command.add_argument(
+    "--temperature",
+    type=_share,
+    default=temperature,
+    help=f"0: the likeliest [{temperature}]",
+  )
+  command.add_argument(
+    "--top_p", type=_share, default=0.95, help="share to draw from [0.95]"
+  )
+  command.add_argument(
+    "--top_k", type=_whole, default=0, help="of the likeliest [0: all]"
+  )
+  command.add_argument(
+    "--min_p", type=_share, default=0.0, help="relative to the likeliest [0]"
+  )
+  command.add_argument("--seed", type=_seed, default=0, help="[0]")
+  command.add_argument(
+    "--drafts",
+    type=_whole,
+    metavar="N",
+    help="tokens that MTP modules draft at a time [as many as there are]",
+  )
+
+
 def _count(text: str) -> int:
   if not text.isdigit() or int(text) == 0:
     raise argparse.ArgumentTypeError(f"found {text}, wanted 1 or more")
   return int(text)
+
+
+def _list_of(kind: Callable):
+  """Reads values of a kind with commas between them, each once, in order."""
+
+  def read(text: str) -> list:
+    return sorted({kind(part) for part in text.split(",")})
+
+  return read
 
 
 def _whole(text: str) -> int:

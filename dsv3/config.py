@@ -180,6 +180,7 @@ class Train:
   """The run."""
 
   seed: int
+  start_from: str  # another run, whose weights this one begins with; "": none
   tokens: float  # of the whole run
   steps: int  # optimiser steps of the whole run; 0: as many as `tokens` takes
   max_minutes: float  # of this process; 0: no limit

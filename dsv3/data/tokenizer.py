@@ -1,13 +1,14 @@
 """Text to token ids and back (Sec. 4.1).
 
 `bytes` needs nothing; any byte-level tokenizer.json does, DeepSeek's included.
-A tokenizer never makes special tokens out of text: they come from packing.
+Special tokens come from packing and from chat templates, never from text.
 """
 
 import functools
 import gzip
 import hashlib
 import pathlib
+import re
 import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,12 @@ class Tokenizer(Protocol):
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """The same for many texts, on all cores where that helps."""
 
+  def encode_marked(self, text: str) -> np.ndarray:
+    """Ids of a rendered chat template: names of specials stand for them."""
+
+  def first_mark(self, text: str) -> str | None:
+    """The first name of a special token in `text`."""
+
   def decode(self, ids: np.ndarray) -> str:
     """The text of `ids`, specials by name; broken UTF-8 shows as U+FFFD."""
 
@@ -90,6 +97,17 @@ class Bytes:
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     return [self.encode(text) for text in texts]
+
+  def encode_marked(self, text: str) -> np.ndarray:
+    parts = re.split(_any_of(self.names), text)
+    ids = [
+      [256 + self.names.index(part)] if i % 2 else self.encode(part)
+      for i, part in enumerate(parts)
+    ]
+    return np.concatenate(ids).astype(np.int32)
+
+  def first_mark(self, text: str) -> str | None:
+    return _first_mark(self.names, text)
 
   def decode(self, ids: np.ndarray) -> str:
     ids = np.asarray(ids)
@@ -169,6 +187,17 @@ class JsonTokenizer:
     made = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(one.ids, np.int32) for one in made]
 
+  def encode_marked(self, text: str) -> np.ndarray:
+    self._tokenizer.encode_special_tokens = False
+    try:
+      return self.encode(text)
+    finally:
+      self._tokenizer.encode_special_tokens = True
+
+  def first_mark(self, text: str) -> str | None:
+    added = self._tokenizer.get_added_tokens_decoder().values()
+    return _first_mark([token.content for token in added], text)
+
   def decode(self, ids: np.ndarray) -> str:
     ids = [int(i) for i in ids]
     return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -203,6 +232,15 @@ class JsonTokenizer:
     for i, added in self._tokenizer.get_added_tokens_decoder().items():
       bytes_W[i] = 0 if added.special else len(added.content.encode())
     return bytes_W
+
+
+def _any_of(names: Sequence[str]) -> str:
+  return "(" + "|".join(map(re.escape, names)) + ")"
+
+
+def _first_mark(names: Sequence[str], text: str) -> str | None:
+  found = re.search(_any_of(names), text) if names else None
+  return found and found.group()
 
 
 def _is_punctuation(text: str) -> bool:

@@ -1,35 +1,32 @@
 """A folder of released weights as a run, and a run as such a folder.
 
-An imported run holds weights alone, as its checkpoint 0: it can be evaluated,
-sampled and trained on from there. Beside them lie what makes the way back
-exact: hf/config.json, and the scales of FP8 blocks in hf/scales.npz.
+An imported run holds weights alone (`dsv3.hf.imported`), which count as step 0:
+it can be evaluated, sampled and trained on from there.
 """
 
-import json
 import pathlib
 import shutil
 from typing import Any
 
-import jax
 import numpy as np
 
 from dsv3 import config, overlay
 from dsv3.config import ConfigError
-from dsv3.hf import read, write
+from dsv3.hf import imported, read, write
 from dsv3.train import run
-from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.restore import restore
 
 _SIZES = {"bfloat16": 2, "float32": 4}
+# What belongs to a tokenizer: its chat template is in one of the last two.
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def report(folder: str, dtype: str) -> dict[str, Any]:
   """What an import would read and make, without reading weights."""
-  source = read.open_source(folder, dtype)
+  source = read.open_source(folder)
   stored = source.folder.index.values()
-  n_parameters = sum(
-    np.prod(t.shape, dtype=np.int64) for t in source.tensors if not t.is_copy
-  )
+  sizes = [np.prod(t.shape, dtype=np.int64) for t in source.tensors]
+  n_parameters = sum(n for n, t in zip(sizes, source.tensors) if not t.is_copy)
   return {
     "network": source.values.name,
     "notes": list(source.notes),
@@ -37,10 +34,15 @@ def report(folder: str, dtype: str) -> dict[str, Any]:
     "tensors": len(source.folder.index),
     "bytes": sum(s.end - s.begin for s in stored),
     "parameters": int(n_parameters),
-    "bytes on one device": int(n_parameters) * _SIZES[dtype],
-    "largest tensor, bytes as float32": 4
-    * max(int(np.prod(t.shape, dtype=np.int64)) for t in source.tensors),
+    "bytes of the run": sum(_bytes(t, dtype) for t in source.tensors),
+    "bytes on one device": int(n_parameters) * _SIZES[imported.COMPUTE[dtype]],
+    "largest tensor, bytes as float32": 4 * int(max(sizes)),
   }
+
+
+def _bytes(tensor, dtype: str) -> int:
+  made = write.to_write(tensor, lambda: None, dtype)
+  return sum(t.n_bytes for t in made)
 
 
 def from_hf(
@@ -48,39 +50,27 @@ def from_hf(
 ) -> config.Config:
   """Makes the run `out` of a folder; returns its config.
 
-  Raises ConfigError where the folder or `out` is not as it must be. Killed, it
-  leaves a folder without a checkpoint, which the next call replaces.
+  `dtype` is what the weights are kept in: bfloat16, float32, or fp8, blocks as
+  the release has them, which are expanded to bfloat16 where they are loaded.
+  Killed, the next call goes on after the last whole file.
+
+  Raises ConfigError where the folder or `out` is not as it must be.
   """
-  source, out_path = read.open_source(folder, dtype), pathlib.Path(out)
-  if out_path.exists() and any(out_path.iterdir()):
-    if (
-      not (out_path / "hf").is_dir()
-      or (out_path / "checkpoints" / "0").exists()
-    ):
-      raise ConfigError(f"--out={out}: found files in it, wanted a new folder")
-    shutil.rmtree(out_path)
-  values = source.values
-  tokenizer = source.folder.folder / "tokenizer.json"
-  extra = out_path / "hf"
-  extra.mkdir(parents=True)
-  if tokenizer.is_file():
-    shutil.copy(tokenizer, out_path / "tokenizer.json")
-    tree = run.as_tree(values)
-    path = str((out_path / "tokenizer.json").resolve())
-    values = config.build(overlay.overlay(tree, {"data.tokenizer": path}))
-  _, params, router = read.parameters(source, dtype=dtype)
-  (extra / "config.json").write_text(json.dumps(source.published, indent=2))
-  np.savez(extra / "scales.npz", **read.read_scales(source))
-  run.record(out_path, values, given)
-  trees = {"params": params, "router": router}
-  checkpoints = Checkpoints(out_path / "checkpoints")
-  checkpoints.save(
-    0,
-    {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)},
-    {"weights_only": True, "from": str(source.folder.folder.resolve())},
-  )
-  checkpoints.wait()
-  checkpoints.close()
+  source = read.open_source(folder, imported.COMPUTE[dtype])
+  out_path = pathlib.Path(out).expanduser()
+  found = {p.name for p in out_path.iterdir()} if out_path.is_dir() else set()
+  begun = {"hf", "lock", *_TOKENIZER} if "hf" in found else {"lock"}
+  if found - begun:
+    raise ConfigError(f"--out={out}: found files in it, wanted a new folder")
+  with run.locked(out_path):
+    imported.write_weights(out_path, source, dtype)
+    values = source.values
+    _copy_tokenizer(source.folder.folder, out_path)
+    if (out_path / _TOKENIZER[0]).is_file():
+      tree = run.as_tree(values)
+      path = str((out_path / _TOKENIZER[0]).resolve())
+      values = config.build(overlay.overlay(tree, {"data.tokenizer": path}))
+    run.record(out_path, values, given)
   return values
 
 
@@ -98,13 +88,7 @@ def to_hf(
   Blocks of an imported FP8 model that have not changed come out byte for byte.
   """
   trained = restore(workdir, step, ema=ema, as_stored=True)
-  extra = pathlib.Path(workdir) / "hf"
-  published, scales = None, None
-  if (extra / "config.json").is_file():
-    published = json.loads((extra / "config.json").read_text())
-  if fp8 and (extra / "scales.npz").is_file():
-    with np.load(extra / "scales.npz") as file:
-      scales = {name: file[name] for name in file.files}
+  published, scales = imported.way_back(workdir)
   write.write_folder(
     out,
     trained.values.model,
@@ -119,7 +103,11 @@ def to_hf(
       "ema": ema,
     },
   )
-  tokenizer = pathlib.Path(workdir) / "tokenizer.json"
-  if tokenizer.is_file():
-    shutil.copy(tokenizer, pathlib.Path(out) / "tokenizer.json")
+  _copy_tokenizer(pathlib.Path(workdir), pathlib.Path(out))
   return trained.step
+
+
+def _copy_tokenizer(source: pathlib.Path, out: pathlib.Path) -> None:
+  for name in _TOKENIZER:
+    if (source / name).is_file():
+      shutil.copy(source / name, out / name)

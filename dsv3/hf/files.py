@@ -140,8 +140,15 @@ class ToWrite(NamedTuple):
     return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def write_file(path: pathlib.Path, tensors: Iterable[ToWrite]) -> None:
-  """Writes a file under another name and renames it: whole or not at all."""
+def write_file(
+  path: pathlib.Path,
+  tensors: Iterable[ToWrite],
+  tell: Callable[[int], object] = lambda _: None,
+) -> None:
+  """Writes a file under another name and renames it: whole or not at all.
+
+  `tell` hears the bytes of every tensor that is written.
+  """
   tensors, header, at = list(tensors), {"__metadata__": {"format": "pt"}}, 0
   for t in tensors:
     offsets = [at, at + t.n_bytes]
@@ -161,4 +168,5 @@ def write_file(path: pathlib.Path, tensors: Iterable[ToWrite]) -> None:
       found = array.dtype, array.shape
       assert found == (DTYPES[t.dtype], tuple(t.shape)), (t.name, found)
       file.write(array.reshape(-1).view(np.uint8).data)
+      tell(t.n_bytes)
   draft.replace(path)

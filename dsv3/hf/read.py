@@ -149,7 +149,7 @@ def parameters(
   for tensor in source.tensors:
     for part in tensor.parts:
       if tensor.is_copy:
-        _check_copy(source.folder, tensor, part)
+        check_copy(source.folder, tensor, part)
       else:
         by_path[part.path].append((tensor, part))
   first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -184,7 +184,7 @@ def path_text(path) -> str:
   return "/".join(keys[:-1] if keys[-1] == "value" else keys)
 
 
-def _check_copy(files: Folder, tensor: names.Tensor, part: names.Part) -> None:
+def check_copy(files: Folder, tensor: names.Tensor, part: names.Part) -> None:
   """The MTP layer's embedding and head are the main model's, or it is not V3."""
   main = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight"}
   a, b = (files[n].view(np.uint8) for n in (tensor.name, main[part.path]))

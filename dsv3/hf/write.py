@@ -6,23 +6,23 @@ and `config.json` come last, and a second call goes on after the last whole file
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import tqdm
 
 from dsv3 import config
 from dsv3.config import ConfigError
-from dsv3.hf import blocks, configs, names
+from dsv3.hf import blocks, configs, files, names
 from dsv3.hf.files import INDEX, ToWrite, read_header, write_file
 from dsv3.hf.read import path_text
 from dsv3.nn.transformer import Transformer, split
 
 FILE_BYTES = 5 << 30
-_STATE = "conversion.json"
+STATE = "conversion.json"  # while a folder is not whole
+_SHORT = {"bfloat16": "BF16", "float32": "F32", "fp8": "BF16"}
 
 
 def write_folder(
@@ -52,20 +52,41 @@ def write_folder(
     ConfigError: the release has no such network, or the folder holds another
       conversion.
   """
-  folder = pathlib.Path(folder).expanduser()
-  values = _config(model, fp8, dtype, scales, published)
   leaves = {
     path_text(path): leaf
     for tree in trees
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
-  files = list(
-    _files(names.tensors(model), leaves, fp8, dtype, scales, file_bytes)
+  kept, kind = scales or {}, "fp8" if fp8 else dtype
+  values = release_config(published or configs.to_hf(model), kind, model)
+  groups = (
+    to_write(t, lambda t=t: _gather(t, leaves), kind, kept.get(t.name))
+    for t in names.tensors(model)
   )
-  _begin(folder, {"identity": identity, "fp8": fp8, "dtype": dtype})
+  state = {"identity": identity, "dtype": kind}
+  write_groups(folder, groups, values, state, file_bytes)
+
+
+def write_groups(
+  folder: str | pathlib.Path,
+  groups: Iterable[list[ToWrite]],
+  published: Mapping[str, Any],
+  state: Mapping[str, Any],
+  file_bytes: int = FILE_BYTES,
+  beside: Callable[[], None] = lambda: None,
+) -> None:
+  """Writes groups of tensors, each to one file, and goes on where it was killed.
+
+  `published` becomes `config.json`, `beside` writes what else belongs there.
+  `state` says what is converted: a folder that was begun with another raises
+  ConfigError.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  parts = list(_files(groups, file_bytes))
+  _begin(folder, state)
   weight_map, total = {}, 0
   bar = tqdm.tqdm(
-    total=sum(t.n_bytes for file in files for t in file),
+    total=sum(t.n_bytes for part in parts for t in part),
     unit="B",
     unit_scale=True,
     desc="write",
@@ -73,46 +94,53 @@ def write_folder(
     disable=None,
   )
   with bar:
-    for i, tensors in enumerate(files):
-      path = folder / f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+    for i, tensors in enumerate(parts):
+      path = folder / f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
       if not _is_whole(path, tensors):
-        write_file(path, tensors)
-      size = sum(t.n_bytes for t in tensors)
-      bar.update(size)
-      total += size
+        write_file(path, tensors, bar.update)
+      else:
+        bar.update(sum(t.n_bytes for t in tensors))
+      total += sum(t.n_bytes for t in tensors)
       weight_map |= {t.name: path.name for t in tensors}
+  beside()
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  for name, content in ((INDEX, index), ("config.json", values)):
+  for name, content in ((INDEX, index), ("config.json", published)):
     draft = folder / f"{name}.tmp"
     draft.write_text(json.dumps(content, indent=2) + "\n")
     draft.replace(folder / name)
-  (folder / _STATE).unlink()
+  (folder / STATE).unlink()
 
 
-def _config(model, fp8, dtype, scales, published) -> dict[str, Any]:
-  values = dict(published) if published else configs.to_hf(model)
-  values.pop("quantization_config", None)
+def release_config(
+  published: Mapping[str, Any], kind: str, model: config.Model
+) -> dict[str, Any]:
+  """A `config.json` for the weights of a model, kept as `kind`."""
+  values = dict(published)
+  block_format = values.pop("quantization_config", None) or {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [blocks.BLOCK, blocks.BLOCK],
+  }
   if not model.mtp.depth and "num_nextn_predict_layers" in values:
     values["num_nextn_predict_layers"] = 0
-  if fp8:
-    values["quantization_config"] = (published or {}).get(
-      "quantization_config"
-    ) or {
-      "activation_scheme": "dynamic",
-      "fmt": "e4m3",
-      "quant_method": "fp8",
-      "weight_block_size": [blocks.BLOCK, blocks.BLOCK],
-    }
+  if kind == "fp8":
+    values["quantization_config"] = block_format
   else:
-    values["torch_dtype"] = dtype
+    values["torch_dtype"] = kind
   return values
 
 
 def _begin(folder: pathlib.Path, state: Mapping[str, Any]) -> None:
   """Refuses a folder that is not empty, unless this conversion has begun it."""
-  path, text = folder / _STATE, json.dumps(state, sort_keys=True)
+  path, text = folder / STATE, json.dumps(state, sort_keys=True)
   if path.is_file() and path.read_text() == text:
     return
+  if path.is_file():
+    raise ConfigError(
+      f"{folder}: holds an unfinished conversion of something else; delete it "
+      "to begin anew"
+    )
   if folder.exists() and any(folder.iterdir()):
     raise ConfigError(f"--out={folder}: found files in it, wanted a new folder")
   folder.mkdir(parents=True, exist_ok=True)
@@ -127,37 +155,41 @@ def _is_whole(path: pathlib.Path, tensors: list[ToWrite]) -> bool:
 
 
 def _files(
-  tensors, leaves, fp8, dtype, scales, limit
+  groups: Iterable[list[ToWrite]], limit: int
 ) -> Iterator[list[ToWrite]]:
   file, size = [], 0
-  for tensor in tensors:
-    made = _to_write(tensor, leaves, fp8, dtype, scales or {})
-    more = sum(t.n_bytes for t in made)
+  for group in groups:
+    more = sum(t.n_bytes for t in group)
     if file and size + more > limit:
       yield file
       file, size = [], 0
-    file += made
+    file += group
     size += more
   yield file
 
 
-def _to_write(tensor, leaves, fp8, dtype, scales) -> list[ToWrite]:
-  """A tensor, with its scales if it is FP8."""
-  if not (fp8 and tensor.dtype == "F8_E4M3"):
-    short = {"bfloat16": "BF16", "float32": "F32"}[dtype]
-    kind = "F32" if tensor.dtype == "F32" else short
-    make = lambda: _gather(tensor, leaves).astype(
-      np.float32 if kind == "F32" else ml_dtypes.bfloat16
-    )
-    return [ToWrite(tensor.name, kind, tensor.shape, make)]
-  scale, pairs = scales.get(tensor.name), []
+def to_write(
+  tensor: names.Tensor,
+  make: Callable[[], np.ndarray],
+  kind: str,
+  scale: np.ndarray | None = None,
+) -> list[ToWrite]:
+  """A tensor in bfloat16 or float32, or in fp8 with its scales.
+
+  `make` gives it when it is due; `scale` is what it was scaled with before.
+  What the release never quantises is bfloat16 where `kind` is fp8.
+  """
+  if not (kind == "fp8" and tensor.dtype == "F8_E4M3"):
+    short = "F32" if "F32" in (tensor.dtype, _SHORT[kind]) else "BF16"
+    cast = lambda: make().astype(files.DTYPES[short])
+    return [ToWrite(tensor.name, short, tensor.shape, cast)]
+  pairs = []
   # A tensor whose scales are all powers of two goes on with such (V3.1).
   power = scale is not None and bool((np.frexp(scale)[0] == 0.5).all())
 
   def quantized(i):
     if not pairs:
-      weight = _gather(tensor, leaves)
-      pairs.extend(blocks.quantize(weight, scale, power_of_two=power))
+      pairs.extend(blocks.quantize(make(), scale, power_of_two=power))
     value = pairs[i]
     if i == 1:
       pairs.clear()

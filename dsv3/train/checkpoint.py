@@ -111,25 +111,15 @@ class Checkpoints:
       force=True,
     )
 
-  def restore(
-    self, step: int, like: Trees, *, as_stored: bool = False
-  ) -> tuple[Trees, dict[str, Any]]:
+  def restore(self, step: int, like: Trees) -> tuple[Trees, dict[str, Any]]:
     """The items of `like` at `step`, and the meta.
 
     The leaves of `like` say what comes back: jax.ShapeDtypeStruct with a
-    sharding a jax.Array, a NumPy array a NumPy array. `as_stored` gives arrays
-    the type that they have on disk. Of imported weights, whose meta says
-    `weights_only`, there are no other items, and they are cast.
+    sharding a jax.Array, a NumPy array a NumPy array.
     """
     meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
-    imported = meta.get("weights_only", False)
-    if imported:
-      like = {k: tree for k, tree in like.items() if k in ("params", "router")}
     named = {item: _by_name(tree) for item, tree in like.items()}
-    if as_stored:
-      named = _with_dtypes(named, meta["dtypes"])
-    elif not imported:
-      _check_dtypes(named, meta["dtypes"], self.folder / str(step))
+    _check_dtypes(named, meta["dtypes"], self.folder / str(step))
     wanted = {item: ocp.args.StandardRestore(t) for item, t in named.items()}
     found = self._read(step, **wanted) if wanted else {}
     trees = {item: _from_names(like[item], found[item]) for item in like}
@@ -148,7 +138,6 @@ class Checkpoints:
     tell: Callable[[str], None],
     *,
     set_aside: bool = False,
-    as_stored: bool = False,
   ) -> tuple[int, Trees, dict[str, Any]] | None:
     """The newest checkpoint that can be read; None if there is none at all.
 
@@ -160,7 +149,7 @@ class Checkpoints:
     failures, damaged = [], []
     for step in reversed(self.steps):
       try:
-        found = self.restore(step, like, as_stored=as_stored)
+        found = self.restore(step, like)
         for newer in damaged if set_aside else ():
           self._set_aside(newer)
         return step, *found
@@ -273,16 +262,6 @@ def _dtypes(named: Mapping[str, Any]) -> dict[str, str]:
     "/".join(_names(path)): str(leaf.dtype)
     for path, leaf in jax.tree_util.tree_leaves_with_path(named)
   }
-
-
-def _with_dtypes(named: Mapping[str, Any], found: Mapping[str, str]):
-  """The wanted arrays in the types that are found."""
-
-  def leaf(path, x):
-    kind = np.dtype(found["/".join(_names(path))])
-    return jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding)
-
-  return jax.tree_util.tree_map_with_path(leaf, named)
 
 
 def _check_dtypes(named, found: Mapping[str, str], where) -> None:

@@ -21,6 +21,7 @@ from dsv3.config import ConfigError
 from dsv3.data.batches import Batches
 from dsv3.data.prefetch import prefetch
 from dsv3.eval import bpb
+from dsv3.hf import imported
 from dsv3.plan import count
 from dsv3.train import feed, identity, optimizer, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
@@ -28,6 +29,7 @@ from dsv3.train.clock import Clock
 from dsv3.train.ema import HostEma
 from dsv3.train.interrupt import Interrupts
 from dsv3.train.logs import MetricsLog, Progress
+from dsv3.train.restore import start_from
 from dsv3.train.step import train_step
 
 
@@ -142,12 +144,7 @@ class _Trainer:
     found = self.checkpoints.restore_newest(wanted, print, set_aside=True)
     self.done, self.sequences_ahead = 0, 0
     if found is None:
-      self.state = jax.jit(lambda: create()[1])()
-      average = self.state.params
-    elif found[2].get("weights_only"):  # an import: training begins with it
-      _, trees, _ = found
-      router = trees.get("router", like.router)
-      self.state = state.of_weights(self.values, adam, trees["params"], router)
+      self.state = self._begin(create, adam)
       average = self.state.params
     else:
       self.done, trees, meta = found
@@ -161,6 +158,17 @@ class _Trainer:
       self.sequences_ahead = meta["sequences"] - planned
     decay = train_values.ema_decay
     self.host_ema = HostEma(average, decay) if on_host else None
+
+  def _begin(self, create, adam) -> state.TrainState:
+    """The state before the first step: with weights that are given, or drawn."""
+    model, other = self.values.model, self.values.train.start_from
+    if imported.is_there(self.workdir):
+      _, *weights = imported.parameters(self.workdir, model)
+    elif other:
+      weights = start_from(other, model)
+    else:
+      return jax.jit(lambda: create()[1])()
+    return state.of_weights(self.values, adam, *weights)
 
   def _greet(self, changed: dict[str, tuple[Any, Any]]) -> None:
     for key, (old, new) in changed.items():

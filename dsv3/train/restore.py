@@ -10,6 +10,7 @@ from flax import nnx
 
 from dsv3 import config
 from dsv3.config import ConfigError
+from dsv3.hf import imported
 from dsv3.nn.transformer import Transformer
 from dsv3.train import run, state
 from dsv3.train.checkpoint import CheckpointError, Checkpoints, abstract
@@ -44,44 +45,59 @@ def restore(
 ) -> Trained:
   """The model at `step`, or at the newest checkpoint that can be read.
 
-  `ema` gives the moving average of the parameters in their place. Optimizer
-  moments stay on disk. `as_stored` keeps parameters in the type of an import,
-  where float32 is the rule. Raises ConfigError where there is no such checkpoint.
+  Imported weights are step 0. `ema` gives the moving average of the parameters
+  in their place. Optimizer moments stay on disk. `as_stored` keeps parameters
+  in the type of an import, where float32 is the rule. Raises ConfigError where
+  there is no such checkpoint.
   """
   values = run.stored_config(workdir)
   if ema and not values.train.ema_decay:
     raise ConfigError(
       f"--ema: {workdir} has no moving average (train.ema_decay = 0)"
     )
-  key = jax.random.key(0)
+  folder = pathlib.Path(workdir) / "checkpoints"
+  checkpoints = Checkpoints(folder, read_only=True) if folder.is_dir() else None
+  steps = checkpoints.steps if checkpoints else []
+  if imported.is_there(workdir) and step == 0 or not steps:
+    return _restore_import(workdir, values, step, as_stored)
   graphdef, params, router = jax.eval_shape(
-    lambda: state.split(state.make_model(values.model, key))
+    lambda: state.split(state.make_model(values.model, jax.random.key(0)))
   )
   weights = "ema" if ema else "params"
   trees = {weights: params, "router": router}
   like = abstract({k: t for k, t in trees.items() if jax.tree.leaves(t)})
-  checkpoints = _open(pathlib.Path(workdir) / "checkpoints")
   if step is None:
-    step, found, meta = checkpoints.restore_newest(
-      like, tell, as_stored=as_stored
-    )
-  elif step in checkpoints.steps:
+    step, found, meta = checkpoints.restore_newest(like, tell)
+  elif step in steps:
     try:
-      found, meta = checkpoints.restore(step, like, as_stored=as_stored)
+      found, meta = checkpoints.restore(step, like)
     except Exception as error:  # Orbax and TensorStore raise many kinds
       reason = str(error).strip().split("\n")[0][:120]
       raise CheckpointError(f"checkpoint {step}: {reason}") from error
   else:
-    known = ", ".join(map(str, checkpoints.steps))
+    known = ", ".join(map(str, steps))
     raise ConfigError(f"--step={step}: no such checkpoint; there are {known}")
   return Trained(
     values, step, graphdef, found[weights], found.get("router", router), meta
   )
 
 
-def _open(folder: pathlib.Path) -> Checkpoints:
-  if folder.is_dir():
-    checkpoints = Checkpoints(folder, read_only=True)
-    if checkpoints.steps:
-      return checkpoints
-  raise ConfigError(f"{folder}: found no checkpoint yet")
+def _restore_import(workdir, values, step, as_stored) -> Trained:
+  if not imported.is_there(workdir):
+    raise ConfigError(f"{workdir}/checkpoints: found no checkpoint yet")
+  if step:
+    raise ConfigError(f"--step={step}: no such checkpoint; there is 0")
+  trees = imported.parameters(workdir, values.model, as_stored=as_stored)
+  return Trained(values, 0, *trees, {})
+
+
+def start_from(
+  workdir: str, model: config.Model
+) -> tuple[nnx.State, nnx.State]:
+  """The newest weights of another run, for one with parameters of its shapes."""
+  try:
+    trained = restore(workdir)
+  except ConfigError as error:
+    raise ConfigError(f"config.train.start_from: {error}") from error
+  imported.check_fits(model, trained.values.model, workdir)
+  return trained.params, trained.router

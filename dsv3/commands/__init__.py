@@ -1,0 +1,16 @@
+"""What the sub-commands of `dsv3` do; their arguments are in `dsv3.cli`."""
+
+from dsv3.commands import evaluate, look, text, train, weights
+
+COMMANDS = {
+  "train": train.train,
+  "eval": evaluate.evaluate,
+  "needle": evaluate.find_needles,
+  "sample": text.sample,
+  "chat": text.chat,
+  "convert": weights.convert_weights,
+  "data": look.data,
+  "diff-paper": look.diff_paper,
+  "params": look.params,
+  "tokenizer": look.train_tokenizer,
+}

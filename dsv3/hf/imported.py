@@ -1,0 +1,160 @@
+"""The weights that an imported run begins with.
+
+They lie in RUN/hf as a folder of the release: its names, in the type that was
+asked for, one file after the other, so that an import goes on where it was
+killed and holds no more than a tensor. `source.json` keeps the `config.json`
+they came with, `scales.npz` the scales of FP8 blocks that were expanded: with
+both the way back is exact.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsv3 import config
+from dsv3.config import ConfigError
+from dsv3.hf import names, read, write
+from dsv3.hf.files import ToWrite
+from dsv3.nn.transformer import make_model, split
+
+COMPUTE = {"bfloat16": "bfloat16", "float32": "float32", "fp8": "bfloat16"}
+
+
+def folder_of(workdir: str | pathlib.Path) -> pathlib.Path:
+  """Where a run keeps the weights it was made of."""
+  return pathlib.Path(workdir) / "hf"
+
+
+def is_there(workdir: str | pathlib.Path) -> bool:
+  """Whether a run was imported, and wholly."""
+  return (folder_of(workdir) / "config.json").is_file()
+
+
+def write_weights(
+  workdir: pathlib.Path, source: read.Source, dtype: str
+) -> None:
+  """Writes a checked folder's weights into a run, in bfloat16, float32 or fp8.
+
+  Raises ConfigError for values that are not finite, and where another import
+  was begun.
+  """
+  folder, stored = folder_of(workdir), source.folder.index.values()
+  origin = {
+    "from": str(source.folder.folder.resolve()),
+    "bytes": sum(s.end - s.begin for s in stored),
+    "dtype": dtype,
+  }
+  if is_there(workdir) and _origin(workdir) == origin:
+    return  # whole, and killed just after
+  write.write_groups(
+    folder,
+    _groups(source, dtype),
+    write.release_config(source.published, dtype, source.values.model),
+    origin,
+    beside=lambda: _write_beside(folder, source, origin),
+  )
+
+
+def _write_beside(folder, source, origin) -> None:
+  scales = {} if origin["dtype"] == "fp8" else read.read_scales(source)
+  if scales:
+    np.savez(folder / "scales.npz", **scales)
+  text = json.dumps({**origin, "config": source.published}, indent=2)
+  (folder / "source.json").write_text(text)
+
+
+def _origin(workdir) -> dict[str, Any]:
+  values = json.loads((folder_of(workdir) / "source.json").read_text())
+  return {key: values[key] for key in ("from", "bytes", "dtype")}
+
+
+def _groups(source: read.Source, dtype: str) -> Iterator[list[ToWrite]]:
+  files = source.folder
+  for tensor in source.tensors:
+    for part in tensor.parts if tensor.is_copy else ():
+      read.check_copy(files, tensor, part)
+    if dtype == "fp8" and tensor.scale_name in files.index:
+      yield _as_stored(files, tensor)
+    else:
+      make = lambda t=tensor: read.read_tensor(files, t)
+      yield write.to_write(tensor, make, dtype)
+
+
+def _as_stored(files, tensor: names.Tensor) -> list[ToWrite]:
+  """FP8 blocks and their scales, byte for byte."""
+
+  def make(name):
+    if name == tensor.name:
+      read.read_tensor(files, tensor)  # finite, or an error
+    return files[name]
+
+  found = [(n, files.index[n]) for n in (tensor.name, tensor.scale_name)]
+  return [
+    ToWrite(n, stored.dtype, stored.shape, lambda n=n: make(n))
+    for n, stored in found
+  ]
+
+
+def parameters(
+  workdir: str | pathlib.Path,
+  model: config.Model,
+  *,
+  as_stored: bool = False,
+  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+  """Structure, parameters and router biases of an imported run.
+
+  Parameters are float32, or with `as_stored` in the type of the import, where
+  FP8 blocks are expanded to bfloat16. Raises ConfigError if `model` has other
+  ones.
+  """
+  source = read.open_source(folder_of(workdir))
+  check_fits(model, source.values.model, str(workdir))
+  dtype = _stored_type(source) if as_stored else "float32"
+  _, *trees = read.parameters(source, dtype=dtype, shardings=shardings)
+  graphdef, *_ = _abstract(model)
+  return graphdef, *trees
+
+
+def check_fits(model: config.Model, other: config.Model, where: str) -> None:
+  """Raises ConfigError unless the parameters of `other`, in `where`, fit."""
+  shapes = lambda trees: {
+    read.path_text(path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees[1:])
+  }
+  wanted, found = shapes(_abstract(model)), shapes(_abstract(other))
+  for path in sorted(wanted.keys() | found.keys()):
+    a, b = (x.get(path, "none") for x in (found, wanted))
+    if a != b:
+      raise ConfigError(
+        f"config.model: {path}: found {a} in {where}, wanted {b}"
+      )
+
+
+def _abstract(model: config.Model):
+  """Structure, parameters and router biases, without memory."""
+  return jax.eval_shape(lambda: split(make_model(model, jax.random.key(0))))
+
+
+def _stored_type(source: read.Source) -> str:
+  kinds = {source.folder.index[t.name].dtype for t in source.tensors}
+  return "float32" if kinds == {"F32"} else "bfloat16"
+
+
+def way_back(
+  workdir: str | pathlib.Path,
+) -> tuple[Mapping[str, Any] | None, Mapping[str, np.ndarray] | None]:
+  """The `config.json` and FP8 scales that a run's weights came with, or None."""
+  folder = folder_of(workdir)
+  if not is_there(workdir):
+    return None, None
+  published = json.loads((folder / "source.json").read_text())["config"]
+  if (folder / "scales.npz").is_file():
+    with np.load(folder / "scales.npz") as file:
+      return published, {name: file[name] for name in file.files}
+  return published, read.read_scales(read.open_source(folder))
