@@ -127,8 +127,9 @@ class Mla(nnx.Module):
     score_BHLM *= rope.softmax_scale(q.shape[-1], r.yarn_factor, r.mscale)
     score_BHLM = jnp.where(sees_BLM[:, None], score_BHLM, -jnp.inf)
     weight_BHLM = jax.nn.softmax(score_BHLM).astype(q.dtype)
-    o_BLHC = product("BHLM,BMC->BLHC", weight_BHLM, c_kv_BMC).astype(q.dtype)
-    o_BLHV = product("BLHC,CHV->BLHV", o_BLHC, self.w_uv[...]).astype(q.dtype)
+    # Heads first: for the other order the CPU has no bfloat16 product.
+    o_BHLC = product("BHLM,BMC->BHLC", weight_BHLM, c_kv_BMC).astype(q.dtype)
+    o_BLHV = product("BHLC,CHV->BLHV", o_BHLC, self.w_uv[...]).astype(q.dtype)
     return self.output(o_BLHV)
 
   def output(self, o_BLHV) -> jax.Array:

@@ -73,6 +73,21 @@ def test_every_position_equals_the_full_forward_pass(name):
   assert past.length_B.tolist() == [80]
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_several_sequences_in_bfloat16_are_near_those_alone(drafts):
+  """A CPU lacks some products of bfloat16, by the number of sequences."""
+  decoder = Decoder(make({"model.dtype": "bfloat16"}))
+  prompts = prompts_of(3, 9, 70, 5)
+  found = generate(
+    decoder, prompts, max_tokens=5, sampling=GREEDY, drafts=drafts
+  )
+  for prompt, together in zip(prompts, found):
+    (alone,) = generate(decoder, [prompt], max_tokens=1, sampling=GREEDY)
+    np.testing.assert_allclose(
+      together.log_probs[0], alone.log_probs[0], atol=0.2
+    )
+
+
 def test_a_cache_in_fp8_is_near_the_forward_pass(model):
   (tokens,) = prompts_of(40)
   wanted_LW = full_logits(model, tokens)
