@@ -1,6 +1,8 @@
 """The command line: what a user types, and what a user gets wrong."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 
@@ -67,6 +69,69 @@ def test_sample_goes_on_from_the_prompt_and_repeats_itself(trained, capsys):
     said.append(capsys.readouterr().out)
   assert said[0].startswith("line 4") and len(said[0]) > 10
   assert said[0] == said[1]
+
+
+def test_sample_drafts_with_the_mtp_module_and_says_what_was_kept(
+  trained, capsys
+):
+  _, workdir = trained
+  words = ["sample", f"--workdir={workdir}", "--prompt=line 4", "--tokens=20"]
+  texts = []
+  for drafts in (0, 1, 3):
+    more = [f"--drafts={drafts}", "--temperature=0"]
+    assert cli.main([*words, *more]) == 0
+    said = capsys.readouterr()
+    texts.append(said.out)
+    shares = said.err.partition(" of ")[0].count("%")
+    assert said.err.startswith("drafts kept: ") == bool(drafts)
+    assert shares == drafts
+  assert texts[0] == texts[1] == texts[2]
+
+
+def test_eval_says_how_many_drafts_are_kept(trained, capsys):
+  _, workdir = trained
+  assert cli.main(["eval", f"--workdir={workdir}", "--drafts=3"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  kept = [line for line in lines if "drafts kept" in line]
+  assert ["greedy" in kept[0], "sampled" in kept[1]] == [True, True]
+  for line in kept:
+    shares = [float(x) for x in re.findall(r"(\d+)%", line)]
+    assert len(shares) == 3 and shares == sorted(shares, reverse=True)
+  assert cli.main(["eval", f"--workdir={workdir}", "--drafts=0"]) == 0
+  assert "drafts" not in capsys.readouterr().out
+
+
+def test_chat_answers_line_by_line_to_the_end_of_the_input(
+  trained, capsys, monkeypatch, tmp_path
+):
+  _, workdir = trained
+  template = tmp_path / "template"
+  template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+  words = ["chat", f"--workdir={workdir}", "--tokens=5"]
+  monkeypatch.setattr("sys.stdin", io.StringIO("line 1\nline 2\n"))
+  assert cli.main([*words, f"--template={template}"]) == 0
+  assert capsys.readouterr().out.count("\n") >= 2
+  code, line = failure(words, capsys)
+  assert code == 2 and "found none beside bytes" in line
+
+
+def test_needle_writes_a_table_its_rows_and_a_map(trained, capsys, tmp_path):
+  _, workdir = trained
+  words = ["needle", f"--workdir={workdir}", "--lengths=100,150"]
+  words += ["--depths=0,100", "--trials=2"]
+  assert cli.main([*words, f"--out={tmp_path / 'out'}"]) == 0
+  said = capsys.readouterr()
+  assert "100, 150: the model is made for 32" in said.err
+  rows = json.loads((tmp_path / "out" / "needle.json").read_text())["rows"]
+  assert [(r["length"], r["depth"]) for r in rows] == [
+    (100, 0),
+    (100, 100),
+    (150, 0),
+    (150, 100),
+  ]
+  assert (tmp_path / "out" / "needle.png").stat().st_size > 5000
+  code, line = failure([*words, "--config.model.dim=3"], capsys)
+  assert code == 2 and "wanted keys of data" in line
 
 
 def test_a_prompt_that_is_no_text_is_one_line(trained, capsys):

@@ -25,6 +25,7 @@ def test_every_config_builds_and_names_itself(path):
 
 def test_there_are_the_configs_of_the_design():
   wanted = {"v3_671b", "v3_230b", "v3_16b", "v3_1b", "v3_100m", "tiny"}
+  wanted |= {"v3_671b_32k", "v3_671b_128k"}
   assert {path.stem for path in FILES} == wanted
 
 

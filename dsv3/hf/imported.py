@@ -125,7 +125,8 @@ def check_fits(model: config.Model, other: config.Model, where: str) -> None:
   """Raises ConfigError unless the parameters of `other`, in `where`, fit."""
   shapes = lambda trees: {
     read.path_text(path): leaf.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path(trees[1:])
+    for tree in trees[1:]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
   wanted, found = shapes(_abstract(model)), shapes(_abstract(other))
   for path in sorted(wanted.keys() | found.keys()):

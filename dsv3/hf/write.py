@@ -35,7 +35,7 @@ def write_folder(
   scales: Mapping[str, np.ndarray] | None = None,
   published: Mapping[str, Any] | None = None,
   identity: Mapping[str, Any] | None = None,
-  file_bytes: int = FILE_BYTES,
+  file_bytes: int | None = None,
 ) -> None:
   """Writes weights under the names of the release.
 
@@ -46,7 +46,8 @@ def write_folder(
     published: the `config.json` that the weights came with; None: made from
       the model.
     identity: what is converted; a folder begun with another is left alone.
-    file_bytes: of a file; a tensor that is larger gets one of its own.
+    file_bytes: of a file, 5 GiB if not given; a tensor that is larger gets one
+      of its own.
 
   Raises:
     ConfigError: the release has no such network, or the folder holds another
@@ -72,7 +73,7 @@ def write_groups(
   groups: Iterable[list[ToWrite]],
   published: Mapping[str, Any],
   state: Mapping[str, Any],
-  file_bytes: int = FILE_BYTES,
+  file_bytes: int | None = None,
   beside: Callable[[], None] = lambda: None,
 ) -> None:
   """Writes groups of tensors, each to one file, and goes on where it was killed.
@@ -82,7 +83,7 @@ def write_groups(
   ConfigError.
   """
   folder = pathlib.Path(folder).expanduser()
-  parts = list(_files(groups, file_bytes))
+  parts = list(_files(groups, file_bytes or FILE_BYTES))
   _begin(folder, state)
   weight_map, total = {}, 0
   bar = tqdm.tqdm(

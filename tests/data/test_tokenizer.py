@@ -131,3 +131,14 @@ def test_bad_tokenizer_files_are_named(bpe_path, tmp_path):
   path.write_text("{}")
   with pytest.raises(ConfigError, match="config.data.tokenizer"):
     tokenizer.load(str(path), 320)
+
+
+def test_names_of_specials_stand_for_them_in_a_rendered_template_alone(trained):
+  for tokens in (tokenizer.Bytes(), trained):
+    name = tokens.decode([tokens.eos_id])
+    text = f"a{name}b"
+    ids = tokens.encode_marked(text).tolist()
+    plain = [tokens.encode(part).tolist() for part in "ab"]
+    assert ids == [*plain[0], tokens.eos_id, *plain[1]]
+    assert tokens.eos_id not in tokens.encode(text)
+    assert tokens.first_mark(text) == name and tokens.first_mark("ab") is None

@@ -13,8 +13,9 @@ import pytest
 
 from dsv3 import cli, hf
 from dsv3.config import ConfigError
-from dsv3.hf import files, read, write
+from dsv3.hf import files, imported, names, read, write
 from dsv3.nn import transformer
+from dsv3.train.restore import restore
 from tests import micro
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -179,6 +180,151 @@ def test_a_conversion_that_was_killed_goes_on_after_its_last_whole_file(
   assert contents(out) == contents(folder)
   with pytest.raises(ConfigError, match="found files in it"):
     hf.save(model, out)
+
+
+def test_an_import_that_was_killed_goes_on_after_its_last_whole_file(
+  folder, tmp_path, monkeypatch, capsys
+):
+  run, real, written = tmp_path / "run", write.write_file, []
+  monkeypatch.setattr(write, "FILE_BYTES", 30_000)
+  whole = tmp_path / "whole"
+  words = ["convert", "from-hf", str(folder)]
+  assert cli.main([*words, f"--out={whole}"]) == 0
+
+  def dies(path, tensors, tell):
+    if len(written) == 2:
+      path.with_name(f"{path.name}.tmp").write_bytes(b"half")
+      raise SystemExit(137)
+    written.append(path.name)
+    real(path, tensors, tell)
+
+  monkeypatch.setattr(write, "write_file", dies)
+  with pytest.raises(SystemExit):
+    cli.main([*words, f"--out={run}"])
+  assert not imported.is_there(run) and not (run / "config.json").exists()
+  # Neither other weights nor another type may be mixed with what is there.
+  for other in (
+    [*words, "--dtype=float32"],
+    ["convert", "from-hf", str(GOLDEN / "hf_folder")],
+  ):
+    capsys.readouterr()
+    assert cli.main([*other, f"--out={run}"]) == 2
+    assert "unfinished conversion of something else" in capsys.readouterr().err
+  monkeypatch.setattr(
+    write,
+    "write_file",
+    lambda p, t, tell: (written.append(p.name), real(p, t, tell)),
+  )
+  assert cli.main([*words, f"--out={run}"]) == 0
+  assert len(written) == len(set(written)) > 3  # none twice
+  assert contents(run / "hf").keys() == contents(whole / "hf").keys()
+  for name, value in contents(run / "hf").items():
+    if name != "scales.npz":  # a zip has the time of day
+      assert contents(whole / "hf")[name] == value, name
+  assert "found files in it" in refusal([*words, f"--out={run}"], capsys)
+
+
+def refusal(words, capsys) -> str:
+  capsys.readouterr()
+  assert cli.main(words) == 2
+  return capsys.readouterr().err
+
+
+def test_an_import_as_fp8_is_the_release_s_own_bytes(folder, tmp_path):
+  run = tmp_path / "run"
+  words = ["convert", "from-hf", str(folder), f"--out={run}", "--dtype=fp8"]
+  assert cli.main(words) == 0
+  there, kept = files.Folder(folder), files.Folder(run / "hf")
+  assert there.index.keys() == kept.index.keys()
+  for name, stored in there.index.items():
+    assert kept.index[name].dtype == stored.dtype
+    assert kept[name].tobytes() == there[name].tobytes(), name
+  # What is loaded is what the folder holds: in bfloat16, and exact in float32.
+  assert same(restored(run), weights(hf.load(folder)))
+  short = restored(run, as_stored=True)
+  assert {x.dtype for x in jax.tree.leaves(short[0])} == {
+    np.dtype(jnp.bfloat16)
+  }
+
+
+def restored(run, **kwargs):
+  trained = restore(run, **kwargs)
+  return trained.params, trained.router
+
+
+def test_an_import_of_full_precision_as_fp8_is_quantised(model, tmp_path):
+  hf.save(model, tmp_path / "wide", dtype="float32")
+  run = tmp_path / "run"
+  words = ["convert", "from-hf", str(tmp_path / "wide"), f"--out={run}"]
+  assert cli.main([*words, "--dtype=fp8"]) == 0
+  kinds = {s.dtype for s in files.Folder(run / "hf").index.values()}
+  assert kinds == {"F8_E4M3", "F32", "BF16"}
+  found, wanted = restored(run)[0], weights(model)[0]
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+    assert np.abs(a - b).max() <= np.abs(b).max() / 14  # half of E4M3's step
+  assert not same(found, wanted)
+
+
+def test_scales_as_powers_of_two_in_eight_bits_are_read_and_kept(
+  model, tmp_path
+):
+  """V3.1: `ue8m0`, in a type of its own."""
+  release = tmp_path / "release"
+  hf.save(model, release, fp8=True)
+  there = files.Folder(release)
+  for name in [n for n in there.index if n.endswith("_scale_inv")]:
+    weight_name = name.removesuffix("_scale_inv")
+    value = hf.read.blocks.dequantize(there[weight_name], there[name])
+    pair = hf.read.blocks.quantize(value, power_of_two=True)
+
+    def change(arrays, name=name, weight_name=weight_name, pair=pair):
+      arrays[weight_name] = "F8_E4M3", pair[0]
+      arrays[name] = "F8_E8M0", pair[1].astype(ml_dtypes.float8_e8m0fnu)
+
+    rewrite(release, name, change)
+  there = files.Folder(release)
+  assert there.index[Q + "_scale_inv"].dtype == "F8_E8M0"
+  wanted = hf.read.blocks.dequantize(there[Q], there[Q + "_scale_inv"])
+  assert np.array_equal(read.read_tensor(there, tensor_named(Q, model)), wanted)
+  for dtype in ("fp8", "bfloat16"):
+    run, out = tmp_path / dtype, tmp_path / f"{dtype}_out"
+    words = ["convert", "from-hf", str(release), f"--out={run}"]
+    assert cli.main([*words, f"--dtype={dtype}"]) == 0
+    words = ["convert", "to-hf", str(run), f"--out={out}", "--fp8"]
+    assert cli.main(words) == 0
+    back = files.Folder(out)
+    for name in there.index:
+      if name.endswith("_scale_inv"):  # written as float32, the same powers
+        assert np.array_equal(back[name], there[name].astype(np.float32))
+      else:
+        assert back[name].tobytes() == there[name].tobytes(), name
+
+
+def tensor_named(name, model):
+  return next(t for t in names.tensors(model.model) if t.name == name)
+
+
+def test_a_run_begins_with_the_weights_of_another(folder, tmp_path, capsys):
+  first, second = tmp_path / "first", tmp_path / "second"
+  words = ["convert", "from-hf", str(folder), f"--out={first}"]
+  assert cli.main([*words, "--dtype=float32"]) == 0
+  diff = {**micro.write_corpus(tmp_path), **DIFF}
+  diff |= {"train.steps": 2, "schedule.lr_peak": 1e-9, "train.eval_batches": 0}
+  diff |= {"train.final_eval_batches": 0, "model.dtype": "float32"}
+  stage = micro.write_config(
+    tmp_path / "stage.py",
+    {**diff, "train.start_from": str(first), "model.rope.yarn_factor": 4.0},
+  )
+  words = ["train", f"--config={stage}", f"--workdir={second}"]
+  assert cli.main(words) == 0
+  a, b = restored(first)[0], restored(second)[0]
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+    np.testing.assert_allclose(x, y, atol=1e-6)
+  wrong = [*words[:2], f"--workdir={tmp_path / 'third'}"]
+  line = refusal([*wrong, "--config.model.mtp.depth=0"], capsys)
+  assert "config.model: mtp/" in line and f"in {first}, wanted none" in line
+  line = refusal([*wrong, "--config.train.start_from=nowhere"], capsys)
+  assert "config.train.start_from: --workdir=nowhere: found no run" in line
 
 
 def rewrite(folder, name, change):

@@ -152,3 +152,24 @@ def test_run_of_so_many_tokens_has_as_many_steps():
   assert run.steps == 12_800 // (4 * 32)
   last = jax.vmap(run)(jnp.arange(run.steps)).lr[-1]
   assert float(last) == pytest.approx(values.schedule.lr_last)
+
+
+@pytest.mark.parametrize(
+  "name, length, batch", [("32k", 32_768, 1920), ("128k", 131_072, 480)]
+)
+def test_sec43_stages_of_context_extension(name, length, batch):
+  values = config.build(overlay.load(f"v3_671b_{name}"))
+  made = schedule.make(values)
+  assert (made.steps, values.data.seq_len) == (1000, length)
+  assert made.tokens(1) == length * batch == 62_914_560
+  for step in (0, 1, 500, 998, 999):
+    hyper = made(jnp.int32(step))
+    assert float(hyper.lr) == pytest.approx(7.3e-6)
+    assert float(hyper.bias_speed) == 0
+  rope, before = values.model.rope, paper_values().model.rope
+  assert (rope.yarn_factor, before.yarn_factor) == (40.0, 1.0)
+  assert (rope.original_len, rope.beta_slow, rope.beta_fast) == (4096, 1, 32)
+
+
+def paper_values() -> config.Config:
+  return config.build(overlay.load("v3_671b"))
