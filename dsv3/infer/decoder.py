@@ -50,7 +50,10 @@ class Decoder:
         f"cache: found {cache_dtype}, wanted one of {', '.join(caches.DTYPES)}"
       )
     self.cache_dtype = cache_dtype
-    self.graphdef, self.weights = nnx.split(Network(model))
+    self.graphdef, weights = nnx.split(Network(model))
+    # A CPU multiplies bfloat16 as float32: there each product would cast back.
+    on_cpu = jax.default_backend() == "cpu"
+    self.weights = weights if on_cpu else _as_used(weights, self.model.dtype)
     self._prefill = jax.jit(
       functools.partial(_prefill, graphdef=self.graphdef), donate_argnums=1
     )
@@ -113,9 +116,23 @@ class Decoder:
     return self._step(self.weights, cache, tokens_B)
 
 
+def _as_used(weights: nnx.State, dtype: str) -> nnx.State:
+  """Matrices in the type that every product casts them to: cast once.
+
+  Norms and routers compute in float32 and stay.
+  """
+
+  def leaf(path, x):
+    keys = {getattr(key, "key", None) for key in path}
+    return x if x.ndim < 2 or "router" in keys else x.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(leaf, weights)
+
+
 def _round_up(n: int) -> int:
-  """To a multiple of 64: sizes that differ compile anew."""
-  return -(-n // 64) * 64
+  """To one of few sizes, each of which compiles once: at most a quarter more."""
+  step = max(64, (1 << n.bit_length()) >> 3)
+  return -(-n // step) * step
 
 
 def _prefill(weights, past, tokens_BL, lengths_B, first, *, graphdef):

@@ -9,6 +9,7 @@ import pytest
 
 from dsv3.config import ConfigError
 from dsv3.infer import Decoder, Sampling, cache, generate, stream
+from dsv3.infer.decoder import _as_used, _round_up
 from dsv3.infer.sampling import choose
 from dsv3.nn import transformer
 from tests import micro
@@ -86,6 +87,33 @@ def test_several_sequences_in_bfloat16_are_near_those_alone(drafts):
     np.testing.assert_allclose(
       together.log_probs[0], alone.log_probs[0], atol=0.2
     )
+
+
+def test_weights_are_cast_once_but_for_norms_and_routers():
+  made = make({"model.dtype": "bfloat16"})
+  decoder = Decoder(made)
+  decoder.weights = _as_used(decoder.weights, "bfloat16")  # as a GPU has them
+  kinds = {
+    jax.tree_util.keystr(path): x.dtype
+    for path, x in jax.tree_util.tree_leaves_with_path(decoder.weights)
+  }
+  kept = {name for name, kind in kinds.items() if kind == jnp.float32}
+  assert kept == {n for n in kinds if "norm" in n or "router" in n}
+  # The same numbers as with a cast in every product.
+  twice = Decoder(made)
+  (prompt,) = prompts_of(9)
+  a, b = (d.prefill([prompt], 4) for d in (decoder, twice))
+  np.testing.assert_array_equal(a[0], b[0])
+  token = jnp.array([7])
+  a, b = decoder.step(token, a[1]), twice.step(token, b[1])
+  np.testing.assert_array_equal(a[0], b[0])
+
+
+@pytest.mark.parametrize("n, wanted", [(1, 64), (65, 128), (513, 640)])
+def test_capacities_are_few(n, wanted):
+  assert _round_up(n) == wanted
+  sizes = {_round_up(i) for i in range(1, 4097)}
+  assert len(sizes) < 25 and all(i <= _round_up(i) for i in range(1, 4097))
 
 
 def test_a_cache_in_fp8_is_near_the_forward_pass(model):
