@@ -85,13 +85,13 @@ class Decoder:
     if not lengths.size or not lengths.all():
       raise ConfigError("prompts: found an empty one, wanted at least a token")
     longest = int(lengths.max())
-    chunk = min(chunk, _round_up(longest))
+    chunk = min(chunk, caches.round_up(longest))
     padded = -(-longest // chunk) * chunk
     tokens_BL = np.zeros((len(prompts), padded + 1), np.int32)
     for row, prompt in zip(tokens_BL, prompts):
       row[: len(prompt)] = prompt
     past = self._empty(
-      len(prompts), _round_up(max(padded, longest + room)), n_modules
+      len(prompts), caches.round_up(max(padded, longest + room)), n_modules
     )
     for first in range(0, padded, chunk):
       part = tokens_BL[:, first : first + chunk + 1]
@@ -127,12 +127,6 @@ def _as_used(weights: nnx.State, dtype: str) -> nnx.State:
     return x if x.ndim < 2 or "router" in keys else x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(leaf, weights)
-
-
-def _round_up(n: int) -> int:
-  """To one of few sizes, each of which compiles once: at most a quarter more."""
-  step = max(64, (1 << n.bit_length()) >> 3)
-  return -(-n // step) * step
 
 
 def _prefill(weights, past, tokens_BL, lengths_B, first, *, graphdef):

@@ -5,7 +5,7 @@ file when it is first asked for. What the three calls compute is what the
 harness's Hugging Face adapter computes: the same split of context and
 continuation, truncation from the left, windows and stop strings.
 
-A letter beside the legend: `X` choices for the last token of a row.
+A letter beside the legend: `J` choices for the last token of a row.
 """
 
 import collections
@@ -25,6 +25,7 @@ from dsv3.config import ConfigError
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.tokenizer import load as load_tokenizer
 from dsv3.hf import read
+from dsv3.infer import cache
 from dsv3.infer.decoder import Decoder
 from dsv3.infer.generate import stream
 from dsv3.infer.sampling import Sampling
@@ -43,7 +44,7 @@ except ModuleNotFoundError as error:
     'lm-evaluation-harness: pip install "dsv3[harness]"'
   ) from error
 
-_CHUNK = 64  # positions that go through the head at once
+_CHUNK = 64  # positions that go through the head at once; divides all lengths
 
 
 class _Manner(NamedTuple):
@@ -315,18 +316,14 @@ class LM(TemplateLM):
     self, prompts: list[list[int]], manner: _Manner, seed: int
   ) -> list[str]:
     """The texts that follow `prompts`, none of which is empty."""
-    texts = [_Text(self.tokenizer, manner) for _ in prompts]
-    longest = max(map(len, prompts))
-    n_rows = _rows(len(prompts), self.batch_size)
-    # The cache has one of few sizes; we stop listening at max_tokens.
-    room = _padded(longest + manner.max_tokens) - longest
+    texts = [_Text(self.tokenizer, manner.until) for _ in prompts]
+    n_more = _rows(len(prompts), self.batch_size) - len(prompts)
     for step in stream(
       self._decoder,
-      [*prompts, *[[self.eot_token_id]] * (n_rows - len(prompts))],
-      max_tokens=room,
+      [*prompts, *[[self.eot_token_id]] * n_more],
+      max_tokens=manner.max_tokens,
       sampling=manner.sampling,
       seed=seed,
-      stop=[self.eot_token_id],
     ):
       for text, tokens in zip(texts, step.tokens):
         text.extend(tokens)
@@ -353,7 +350,7 @@ class _Batch(NamedTuple):
   tokens_BL: np.ndarray
   length_B: np.ndarray
   labels_BL: np.ndarray  # the token after each position, or -1: not asked for
-  last_BX: np.ndarray  # choices for the token after the last
+  last_BJ: np.ndarray  # choices for the token after the last
 
 
 class _Scores(NamedTuple):
@@ -361,7 +358,7 @@ class _Scores(NamedTuple):
 
   log_p_BL: jax.Array
   greedy_BL: jax.Array  # whether the label is the likeliest
-  last_log_p_BX: jax.Array
+  last_log_p_BJ: jax.Array
   last_greedy_B: jax.Array  # the likeliest token
 
 
@@ -371,7 +368,7 @@ def _lay_out(
   """Inputs and requests as arrays of one of few shapes."""
   n_rows = _rows(len(keys), batch_size)
   n_choices = _rows(max(map(len, asks)))
-  tokens_BL = np.zeros((n_rows, _padded(max(map(len, keys)))), np.int32)
+  tokens_BL = np.zeros((n_rows, cache.round_up(max(map(len, keys)))), np.int32)
   batch = _Batch(
     tokens_BL,
     np.zeros(n_rows, np.int32),
@@ -383,7 +380,7 @@ def _lay_out(
     batch.tokens_BL[b, : len(key)] = key
     batch.length_B[b] = len(key)
     batch.labels_BL[b, first : len(key) - 1] = key[first + 1 :]
-    batch.last_BX[b, : len(row)] = [ask.last for ask in row]
+    batch.last_BJ[b, : len(row)] = [ask.last for ask in row]
   return batch
 
 
@@ -394,7 +391,7 @@ def _score(weights: nnx.State, batch: _Batch, *, graphdef) -> _Scores:
   A chunk of positions without a label does not go through the head.
   """
   model = nnx.merge(graphdef, weights)
-  tokens_BL, length_B, labels_BL, last_BX = batch
+  tokens_BL, length_B, labels_BL, last_BJ = batch
   inside_BL = jnp.arange(tokens_BL.shape[1]) < length_B[:, None]
   hidden_BLD = model(tokens_BL, inside_BL.astype(jnp.int32)).hidden[0]
 
@@ -411,10 +408,10 @@ def _score(weights: nnx.State, batch: _Batch, *, graphdef) -> _Scores:
   last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
   last_B1D = jnp.take_along_axis(hidden_BLD, last_B11, axis=1)
   last_BW = model.logits(last_B1D)[:, 0]
-  last_log_p_BX = jnp.take_along_axis(
-    jax.nn.log_softmax(last_BW), last_BX, axis=-1
+  last_log_p_BJ = jnp.take_along_axis(
+    jax.nn.log_softmax(last_BW), last_BJ, axis=-1
   )
-  return _Scores(log_p_BL, greedy_BL, last_log_p_BX, last_BW.argmax(-1))
+  return _Scores(log_p_BL, greedy_BL, last_log_p_BJ, last_BW.argmax(-1))
 
 
 def _of_labels(logits_BLW, labels_BL):
@@ -444,7 +441,7 @@ def _answer(
   log_p = scores.log_p_BL[b, span].sum(dtype=np.float64)
   greedy = scores.greedy_BL[b, span].all()
   return (
-    float(log_p + scores.last_log_p_BX[b, x]),
+    float(log_p + scores.last_log_p_BJ[b, x]),
     bool(greedy and scores.last_greedy_B[b] == ask.last),
   )
 
@@ -452,26 +449,23 @@ def _answer(
 class _Text:
   """Tokens of one text, up to the one that completes a stop string."""
 
-  def __init__(self, tokenizer: Tokenizer, manner: _Manner):
+  def __init__(self, tokenizer: Tokenizer, until: Sequence[str]):
     self.ended = False
-    self._tokenizer, self._manner = tokenizer, manner
+    self._tokenizer, self._until = tokenizer, until
     self._tokens: list[int] = []
     # A token is a byte or more: no stop string reaches farther back.
-    self._reach = max((len(s.encode()) for s in manner.until), default=0)
+    self._reach = max((len(s.encode()) for s in until), default=0)
 
   def extend(self, tokens: Sequence[int]) -> None:
     """Takes tokens until the text has ended."""
     for token in tokens:
-      if self.ended:
-        return
-      if token == self._tokenizer.eos_id:
+      if self.ended or token == self._tokenizer.eos_id:
         self.ended = True
         return
       self._tokens.append(token)
-      self.ended = len(self._tokens) == self._manner.max_tokens
       if self._reach:
         tail = self._tokenizer.decode(self._tokens[-self._reach :])
-        self.ended |= any(s in tail for s in self._manner.until)
+        self.ended = any(s in tail for s in self._until)
 
   def value(self) -> str:
     """The text before the stop string, special tokens left out."""
@@ -481,7 +475,7 @@ class _Text:
       for i in ids[ids < self._tokenizer.vocab_size]
       if self._tokenizer.token_bytes(np.array([i]))
     ]
-    return _cut(self._tokenizer.decode(known), self._manner.until)
+    return _cut(self._tokenizer.decode(known), self._until)
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
@@ -512,13 +506,3 @@ def _rows(n: int, most: int | None = None) -> int:
   """The next power of two, `most` at most: a new shape compiles anew."""
   power = 1 << (n - 1).bit_length()
   return power if most is None else min(power, most)
-
-
-def _padded(n: int) -> int:
-  """A length up to a quarter larger, of four sizes to the octave.
-
-  >>> [_padded(n) for n in (1, 65, 257, 600, 2049)]
-  [64, 128, 320, 640, 2560]
-  """
-  step = max(_CHUNK, (1 << (n - 1).bit_length()) // 8)
-  return -(-n // step) * step

@@ -21,8 +21,8 @@ from jax import lax
 KERNELS = ("auto", "dense", "tiles", "ragged", "tokamax")
 TILES = (256, 128)  # rows, large then small; measured with F 192, D 256 and 512
 
-FEW_ROWS = 2  # an expert on average; up to it ROWS at a time are faster
-ROWS = 4  # 2 to 8 measured with D 256 and 512, 4 to 96 rows
+FEW_ROWS = 32  # an expert on average; up to it ROWS at a time are faster
+ROWS = 8  # 4 to 32 measured with D 128 to 512, 2 to 32 rows an expert
 
 
 def grouped_matmul(

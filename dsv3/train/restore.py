@@ -59,7 +59,7 @@ def restore(
   checkpoints = Checkpoints(folder, read_only=True) if folder.is_dir() else None
   steps = checkpoints.steps if checkpoints else []
   if imported.is_there(workdir) and step == 0 or not steps:
-    return _restore_import(workdir, values, step, as_stored)
+    return _restore_import(workdir, values, step, ema, as_stored)
   graphdef, params, router = jax.eval_shape(
     lambda: state.split(state.make_model(values.model, jax.random.key(0)))
   )
@@ -82,9 +82,11 @@ def restore(
   )
 
 
-def _restore_import(workdir, values, step, as_stored) -> Trained:
+def _restore_import(workdir, values, step, ema, as_stored) -> Trained:
   if not imported.is_there(workdir):
     raise ConfigError(f"{workdir}/checkpoints: found no checkpoint yet")
+  if ema:
+    raise ConfigError(f"--ema: the imported weights of {workdir} have none")
   if step:
     raise ConfigError(f"--step={step}: no such checkpoint; there is 0")
   trees = imported.parameters(workdir, values.model, as_stored=as_stored)

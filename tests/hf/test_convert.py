@@ -241,14 +241,18 @@ def test_an_import_as_fp8_is_the_release_s_own_bytes(folder, tmp_path):
     assert kept[name].tobytes() == there[name].tobytes(), name
   # What is loaded is what the folder holds: in bfloat16, and exact in float32.
   assert same(restored(run), weights(hf.load(folder)))
+  with pytest.raises(ConfigError, match="--ema: the imported weights"):
+    restored(run, ema=True)
+  with pytest.raises(ConfigError, match="--step=3: no such checkpoint"):
+    restored(run, 3)
   short = restored(run, as_stored=True)
   assert {x.dtype for x in jax.tree.leaves(short[0])} == {
     np.dtype(jnp.bfloat16)
   }
 
 
-def restored(run, **kwargs):
-  trained = restore(run, **kwargs)
+def restored(run, *args, **kwargs):
+  trained = restore(run, *args, **kwargs)
   return trained.params, trained.router
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3.config import ConfigError
 from dsv3.infer import Decoder, Sampling, cache, generate, stream
-from dsv3.infer.decoder import _as_used, _round_up
+from dsv3.infer.decoder import _as_used
 from dsv3.infer.sampling import choose
 from dsv3.nn import transformer
 from tests import micro
@@ -111,9 +111,9 @@ def test_weights_are_cast_once_but_for_norms_and_routers():
 
 @pytest.mark.parametrize("n, wanted", [(1, 64), (65, 128), (513, 640)])
 def test_capacities_are_few(n, wanted):
-  assert _round_up(n) == wanted
-  sizes = {_round_up(i) for i in range(1, 4097)}
-  assert len(sizes) < 25 and all(i <= _round_up(i) for i in range(1, 4097))
+  assert cache.round_up(n) == wanted
+  sizes = {cache.round_up(i) for i in range(1, 4097)}
+  assert len(sizes) < 25 and all(i <= cache.round_up(i) for i in range(1, 4097))
 
 
 def test_a_cache_in_fp8_is_near_the_forward_pass(model):
