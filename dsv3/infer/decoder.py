@@ -6,6 +6,7 @@ is cheaper where many queries share the keys, the second where one reads a long
 past.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from dsv3.infer import cache as caches
 from dsv3.infer import mtp
 from dsv3.infer.cache import Cache
 from dsv3.infer.network import Network, Window, run_blocks
-from dsv3.nn.transformer import Transformer
+from dsv3.nn.transformer import Transformer, make_model
 
 
 class Past(NamedTuple):
@@ -50,10 +51,15 @@ class Decoder:
         f"cache: found {cache_dtype}, wanted one of {', '.join(caches.DTYPES)}"
       )
     self.cache_dtype = cache_dtype
-    self.graphdef, weights = nnx.split(Network(model))
-    # A CPU multiplies bfloat16 as float32: there each product would cast back.
+    # XLA's CPU multiplies bfloat16 as float32, and would cast every weight in
+    # every step: there all is float32 but the cache.
     on_cpu = jax.default_backend() == "cpu"
-    self.weights = weights if on_cpu else _as_used(weights, self.model.dtype)
+    dtype = "float32" if on_cpu else self.model.dtype
+    _, weights = nnx.split(Network(model))
+    self.dtype, self.weights = dtype, _as_used(weights, dtype)
+    self.graphdef = jax.eval_shape(
+      lambda: nnx.split(_network(self.model, dtype))
+    )[0]
     self._prefill = jax.jit(
       functools.partial(_prefill, graphdef=self.graphdef), donate_argnums=1
     )
@@ -102,9 +108,7 @@ class Decoder:
     cache = caches.empty(
       self.model, n_sequences, capacity, self.cache_dtype, n_modules
     )
-    zeros_BD = lambda: jnp.zeros(
-      (n_sequences, self.model.dim), self.model.dtype
-    )
+    zeros_BD = lambda: jnp.zeros((n_sequences, self.model.dim), self.dtype)
     before = tuple(zeros_BD() for _ in range(n_modules - 1))
     return Past(cache, zeros_BD(), before)
 
@@ -114,6 +118,12 @@ class Decoder:
     The cache that goes in is used up: its memory holds the one that comes out.
     """
     return self._step(self.weights, cache, tokens_B)
+
+
+def _network(model: config.Model, dtype: str) -> Network:
+  """The network of a config, computing in `dtype`."""
+  values = dataclasses.replace(model, dtype=dtype)
+  return Network(make_model(values, jax.random.key(0)))
 
 
 def _as_used(weights: nnx.State, dtype: str) -> nnx.State:

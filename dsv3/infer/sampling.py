@@ -33,8 +33,8 @@ class Sampling(NamedTuple):
 def filtered(logits_W: jax.Array, sampling: Sampling) -> jax.Array:
   """Log-probabilities after the temperature; -inf for what is left out.
 
-  The filters all look at the distribution after the temperature, and the
-  likeliest token always stays.
+  The filters all look at the distribution after the temperature. The likeliest
+  token always stays, and of equally likely ones all or none.
 
   >>> p_W = jnp.array([0.1, 0.6, 0.3])
   >>> [f"{x:.2f}" for x in jnp.exp(filtered(jnp.log(p_W), Sampling(top_k=2)))]
@@ -45,18 +45,32 @@ def filtered(logits_W: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(best_W, 0.0, -jnp.inf)
   scaled_W = logits_W / sampling.temperature
   if (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1.0, 0.0):
-    return jax.nn.log_softmax(scaled_W)  # a sort of all tokens takes long
-  order_W = jnp.argsort(-scaled_W)
-  p_W = jax.nn.softmax(scaled_W[order_W])
-  place_W = jnp.arange(p_W.size)
-  # A token stays while those before it have less than top_p.
-  kept_W = jnp.cumsum(p_W) - p_W < sampling.top_p
-  if sampling.top_k:
-    kept_W &= place_W < sampling.top_k
-  kept_W &= p_W >= sampling.min_p * p_W[0]
-  kept_W = kept_W.at[0].set(True)
-  log_p_W = jax.nn.log_softmax(jnp.where(kept_W, scaled_W[order_W], -jnp.inf))
-  return jnp.zeros_like(log_p_W).at[order_W].set(log_p_W)
+    return jax.nn.log_softmax(scaled_W)
+  p_W = jax.nn.softmax(scaled_W)
+  least = jnp.maximum(_least(p_W, sampling), sampling.min_p * p_W.max())
+  return jax.nn.log_softmax(jnp.where(p_W >= least, scaled_W, -jnp.inf))
+
+
+def _least(p_W: jax.Array, sampling: Sampling) -> jax.Array:
+  """The least probability that stays, by top_p and top_k.
+
+  A token stays while those likelier than it have less than top_p together, and
+  are fewer than top_k. Where that begins is found by bisection, bit by bit: the
+  bits of floats above 0 are in the floats' order, and a sort takes far longer.
+  """
+  k = sampling.top_k or p_W.size
+
+  def halve(_, bounds):  # it begins after `low`, at `high` at the latest
+    low, high = bounds
+    middle = (low + high) // 2
+    likelier_W = p_W > jax.lax.bitcast_convert_type(middle, jnp.float32)
+    stays = jnp.where(likelier_W, p_W, 0).sum() < sampling.top_p
+    stays &= likelier_W.sum() < k
+    return jnp.where(stays, low, middle), jnp.where(stays, middle, high)
+
+  most = jax.lax.bitcast_convert_type(p_W.max(), jnp.int32)
+  _, high = jax.lax.fori_loop(0, 31, halve, (jnp.int32(-1), most))
+  return jax.lax.bitcast_convert_type(high, jnp.float32)
 
 
 def choose(
@@ -72,4 +86,4 @@ def choose(
     token = jnp.argmax(logits_W)
   else:
     token = jax.random.categorical(key, filtered(logits_W, sampling))
-  return token, jax.nn.log_softmax(logits_W)[token]
+  return token, logits_W[token] - jax.nn.logsumexp(logits_W)

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsv3.config import ConfigError
 from dsv3.infer import Decoder, Sampling, cache, generate, stream
-from dsv3.infer.decoder import _as_used
-from dsv3.infer.sampling import choose
+from dsv3.infer.decoder import _as_used, _step
+from dsv3.infer.network import Network
+from dsv3.infer.sampling import choose, filtered
 from dsv3.nn import transformer
 from tests import micro
 from tests.infer import reference
@@ -91,22 +93,34 @@ def test_several_sequences_in_bfloat16_are_near_those_alone(drafts):
 
 def test_weights_are_cast_once_but_for_norms_and_routers():
   made = make({"model.dtype": "bfloat16"})
-  decoder = Decoder(made)
-  decoder.weights = _as_used(decoder.weights, "bfloat16")  # as a GPU has them
+  kept_twice = nnx.state(Network(made))
+  weights = _as_used(kept_twice, "bfloat16")
   kinds = {
     jax.tree_util.keystr(path): x.dtype
-    for path, x in jax.tree_util.tree_leaves_with_path(decoder.weights)
+    for path, x in jax.tree_util.tree_leaves_with_path(weights)
   }
   kept = {name for name, kind in kinds.items() if kind == jnp.float32}
   assert kept == {n for n in kinds if "norm" in n or "router" in n}
   # The same numbers as with a cast in every product.
-  twice = Decoder(made)
-  (prompt,) = prompts_of(9)
-  a, b = (d.prefill([prompt], 4) for d in (decoder, twice))
-  np.testing.assert_array_equal(a[0], b[0])
+  graphdef = nnx.graphdef(Network(made))
+  past = Decoder(made).read([prompts_of(9)[0]], 4)
+  past = past._replace(hidden_BD=past.hidden_BD.astype(jnp.bfloat16))
   token = jnp.array([7])
-  a, b = decoder.step(token, a[1]), twice.step(token, b[1])
-  np.testing.assert_array_equal(a[0], b[0])
+  a, b = (
+    _step(w, past.cache, token, graphdef=graphdef)[0]
+    for w in (weights, kept_twice)
+  )
+  np.testing.assert_array_equal(a, b)
+
+
+def test_a_cpu_computes_in_float32_and_caches_in_the_model_s_type():
+  decoder = Decoder(make({"model.dtype": "bfloat16"}))
+  assert {x.dtype for x in jax.tree.leaves(decoder.weights)} == {
+    np.dtype("float32")
+  }
+  past = decoder.read([[1, 2]], 4)
+  assert past.hidden_BD.dtype == jnp.float32
+  assert past.cache.layers[0].c_kv_BMC.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("n, wanted", [(1, 64), (65, 128), (513, 640)])
@@ -243,6 +257,23 @@ def test_tokens_are_drawn_as_often_as_they_should(kwargs, wanted):
   found = draws(jnp.array([0.1, 0.4, 0.2, 0.3]), **kwargs)
   np.testing.assert_allclose(found, wanted, atol=0.02)
   assert (found[np.array(wanted) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.95, 0.999, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 300])
+def test_filters_keep_what_a_sort_keeps(top_p, top_k):
+  logits_W = 4 * np.random.default_rng(0).normal(size=257).astype(np.float32)
+  logits_W[5] = logits_W[9]  # as likely as another
+  kept_W = np.isfinite(filtered(logits_W, Sampling(0.7, top_k, top_p)))
+  p_W = np.asarray(jax.nn.softmax(logits_W / np.float32(0.7)), np.float64)
+  before_W = np.array([p_W[p_W > p].sum() for p in p_W])
+  fewer_W = np.array([(p_W > p).sum() for p in p_W])
+  wanted_W = (before_W < top_p) & (fewer_W < (top_k or 257))
+  wanted_W[p_W.argmax()] = True
+  # Within rounding of the sum, a token may go either way.
+  clear_W = np.abs(before_W - top_p) > 1e-6
+  assert (kept_W == wanted_W)[clear_W].all()
+  assert kept_W[5] == kept_W[9]
 
 
 def test_greedy_takes_the_first_of_equal_logits():
