@@ -131,7 +131,6 @@ def _parser() -> argparse.ArgumentParser:
   convert.add_argument(
     "--dtype",
     choices=("bfloat16", "float32", "fp8"),
-    default="bfloat16",
     help="what weights are kept in [bfloat16]",
   )
   convert.add_argument(
@@ -140,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
   convert.add_argument(
     "--fp8", action="store_true", help="to-hf: Linears in FP8 blocks"
   )
-  convert.add_argument("--step", type=_count, metavar="N", help="to-hf")
+  convert.add_argument("--step", type=_whole, metavar="N", help="to-hf")
   convert.add_argument("--ema", action="store_true", help="to-hf")
 
   add("diff-paper", "where a config departs from the report", config=True)
@@ -157,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(command: argparse.ArgumentParser) -> None:
   command.add_argument("--workdir", required=True, metavar="DIR")
   command.add_argument(
-    "--step", type=_count, metavar="N", help="a checkpoint [the newest]"
+    "--step",
+    type=_whole,
+    metavar="N",
+    help="a checkpoint; 0: imported weights [the newest]",
   )
   command.add_argument(
     "--ema", action="store_true", help="use the moving average of the weights"

@@ -108,9 +108,12 @@ def test_chat_answers_line_by_line_to_the_end_of_the_input(
   template = tmp_path / "template"
   template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
   words = ["chat", f"--workdir={workdir}", "--tokens=5"]
-  monkeypatch.setattr("sys.stdin", io.StringIO("line 1\nline 2\n"))
+  lines = "line 1\nline <|eos|> 2\nline 3\n"
+  monkeypatch.setattr("sys.stdin", io.StringIO(lines))
   assert cli.main([*words, f"--template={template}"]) == 0
-  assert capsys.readouterr().out.count("\n") >= 2
+  said = capsys.readouterr()
+  assert said.out.count("\n") >= 2
+  assert "found the special token <|eos|>" in said.err
   code, line = failure(words, capsys)
   assert code == 2 and "found none beside bytes" in line
 

@@ -63,6 +63,8 @@ def _of_run(workdir: str, batch: int, length: int, cache: str | None):
   documents = (heldout.tokenizer.encode(text) for text in heldout.texts())
   long = (ids[:length].tolist() for ids in documents if len(ids) >= length)
   prompts = list(itertools.islice(long, batch))
+  if not prompts:
+    raise SystemExit(f"no held-out document has {length} tokens")
   return Decoder(trained.model, cache_dtype=cache), prompts, trained.values
 
 

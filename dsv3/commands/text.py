@@ -51,9 +51,12 @@ def chat(arguments: argparse.Namespace) -> None:
   if sys.stdin.isatty():
     print("an empty line ends the conversation")
   while line := _ask():
-    for text in conversation.reply(line, **options):
-      print(text, end="", flush=True)
-    print()
+    try:
+      for text in conversation.reply(line, **options):
+        print(text, end="", flush=True)
+      print()
+    except ConfigError as error:  # of this line; the conversation goes on
+      print(error, file=sys.stderr)
 
 
 def _ask() -> str:
@@ -79,10 +82,9 @@ def write(
   tokens = tokenizer_of(trained)
   _check_text("--prompt", prompt)
   drafts = drafts_of(trained, drafts)
-  # A document of the training data follows the end of the one before it.
   steps = stream(
     trained.model,
-    [[tokens.eos_id, *tokens.encode(prompt)]],
+    [[tokens.start_id, *tokens.encode(prompt)]],
     max_tokens=n_tokens,
     sampling=sampling,
     seed=seed,

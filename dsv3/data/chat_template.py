@@ -68,7 +68,7 @@ class ChatTemplate:
     values = {"add_generation_prompt": True, **self._marks, **values}
     try:
       return self._template.render(messages=list(messages), **values)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # whatever its code raises
       raise ConfigError(f"chat template: {error}") from error
 
 

@@ -7,6 +7,7 @@ Special tokens come from packing and from chat templates, never from text.
 import functools
 import gzip
 import hashlib
+import json
 import pathlib
 import re
 import unicodedata
@@ -40,6 +41,7 @@ class Tokenizer(Protocol):
   digest: str  # identity: token shards of another one are refused
   vocab_size: int  # largest id + 1
   eos_id: int
+  start_id: int  # what stands before a text that stands alone
   bos_id: int
   pad_id: int
   fim: Fim | None
@@ -85,6 +87,7 @@ class Bytes:
 
   digest = "bytes"
   eos_id, bos_id, pad_id = 256, 257, 258
+  start_id = eos_id  # a document of ours follows the end of the one before it
   fim = Fim(hole=259, begin=260, end=261)
   vocab_size = 262
   splits = Splits(np.full(262, -1, np.int32), np.full(262, -1, np.int32))
@@ -157,7 +160,9 @@ class JsonTokenizer:
   """A byte-level tokenizer.json, run by the `tokenizers` library.
 
   Where it has no token for the begin of a sentence or for padding, the end of
-  a sentence serves; without the three FIM tokens `fim` is None.
+  a sentence serves; without the three FIM tokens `fim` is None. Texts start
+  with the begin of a sentence where tokenizer_config.json beside the file says
+  `add_bos_token`, as released models have learnt it.
   """
 
   def __init__(self, name: str):
@@ -174,6 +179,7 @@ class JsonTokenizer:
       )
     self.eos_id = eos
     self.bos_id = _first(vocab, _BOS, eos)
+    self.start_id = self.bos_id if _adds_bos(name) else eos
     self.pad_id = _first(vocab, _PAD, eos)
     fim = {part: _first(vocab, names) for part, names in _FIM.items()}
     self.fim = None if None in fim.values() else Fim(**fim)
@@ -232,6 +238,16 @@ class JsonTokenizer:
     for i, added in self._tokenizer.get_added_tokens_decoder().items():
       bytes_W[i] = 0 if added.special else len(added.content.encode())
     return bytes_W
+
+
+def _adds_bos(name: str) -> bool:
+  path = pathlib.Path(name).expanduser().parent / "tokenizer_config.json"
+  try:
+    return bool(json.loads(path.read_text()).get("add_bos_token"))
+  except FileNotFoundError:
+    return False
+  except (OSError, ValueError, AttributeError) as error:
+    raise ConfigError(f"{path}: damaged: {error}") from error
 
 
 def _any_of(names: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ def accepted(
   tokens = heldout.tokenizer
   texts = itertools.islice(heldout.texts(), n_texts)
   prompts = [
-    [tokens.eos_id, *tokens.encode(text[: 8 * n_tokens])][:n_tokens]
+    [tokens.start_id, *tokens.encode(text[: 8 * n_tokens])][:n_tokens]
     for text in texts
   ]
   found = generate(

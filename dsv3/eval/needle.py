@@ -89,7 +89,7 @@ class Haystack:
     hay = self._hay(rng.permutation(len(self._texts)), n, length)
     cut = self._place(hay, depth / 100 * n)
     before, after = hay[:cut].tolist(), hay[cut:].tolist()
-    tokens = [self._tokens.eos_id, *before, *needle, *after, *cue]
+    tokens = [self._tokens.start_id, *before, *needle, *after, *cue]
     return Prompt(tokens, answer, 1 + cut, 1 + cut + len(needle))
 
   def _needle(self, rng) -> tuple[list[int], list[int], list[int]]:

@@ -46,9 +46,11 @@ def quantize(
     new = np.exp2(np.ceil(np.log2(new))).astype(np.float32)
   if scale is not None:
     kept = _divide(exact, scale)
-    back = dequantize(kept, scale).astype(weight.dtype)
-    differs = np.abs(back.astype(np.float32) - exact)
-    unchanged = _amax(differs) == 0
+    back = dequantize(kept, scale)
+    short = back.astype(ml_dtypes.bfloat16).astype(np.float32)
+    # A float32 weight may have been bfloat16 on its way, too.
+    same = [short] if weight.dtype == ml_dtypes.bfloat16 else [back, short]
+    unchanged = np.minimum.reduce([_amax(np.abs(x - exact)) for x in same]) == 0
     if unchanged.all():
       return kept, scale
     new = np.where(unchanged, scale, new)

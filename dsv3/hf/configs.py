@@ -94,6 +94,7 @@ def from_hf(
       )
   if missing := sorted(_MAPPED.keys() - values.keys() - {"q_lora_rank"}):
     raise ConfigError(f"config.json: missing: {', '.join(missing)}")
+  _check_blocks(values.get("quantization_config"))
   heads = values["num_attention_heads"]
   if values.get("num_key_value_heads", heads) != heads:
     raise ConfigError(
@@ -127,6 +128,21 @@ def from_hf(
       "model.mtp.hidden": "after_norm",
     },
   )
+
+
+def _check_blocks(found: Mapping[str, Any] | None) -> None:
+  """FP8 blocks of 128 x 128 are the one quantisation that is read."""
+  wanted = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+  }
+  for key, value in wanted.items():
+    if found and found.get(key, value) != value:
+      raise ConfigError(
+        f"config.json: quantization_config.{key}: found {found[key]!r}, "
+        f"supported is {value!r}"
+      )
 
 
 def mtp_layers(values: Mapping[str, Any]) -> int:
@@ -194,12 +210,6 @@ def to_hf(model: config.Model) -> dict[str, Any]:
   for ok, key, found, wanted in (
     (a.kind == "mla", "attention.kind", a.kind, "mla"),
     (model.ffn == "moe", "ffn", model.ffn, "moe"),
-    (
-      not model.mtp.depth or model.mtp.concat == "embedding_hidden",
-      "mtp.concat",
-      model.mtp.concat,
-      "embedding_hidden, the order of the release",
-    ),
     (m.n_shared > 0, "moe.n_shared", m.n_shared, "1 or more"),
     (
       m.has_bias == (m.group_score == "top2"),

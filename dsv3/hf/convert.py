@@ -87,6 +87,7 @@ def to_hf(
 
   Blocks of an imported FP8 model that have not changed come out byte for byte.
   """
+  out = pathlib.Path(out).expanduser()
   trained = restore(workdir, step, ema=ema, as_stored=True)
   published, scales = imported.way_back(workdir)
   write.write_folder(
@@ -103,7 +104,10 @@ def to_hf(
       "ema": ema,
     },
   )
-  _copy_tokenizer(pathlib.Path(workdir), pathlib.Path(out))
+  tokenizer = pathlib.Path(trained.values.data.tokenizer).expanduser()
+  if tokenizer.suffix == ".json" and tokenizer.is_file():
+    _copy_tokenizer(tokenizer.parent, out)
+    shutil.copy(tokenizer, out / "tokenizer.json")
   return trained.step
 
 

@@ -62,10 +62,10 @@ class Folder:
       try:
         self._listed = json.loads(path.read_text())["weight_map"]
         names = sorted(set(self._listed.values()))
-      except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
+      except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise ConfigError(f"{path}: damaged: {e}") from e
       for name in names:
-        if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+        if not isinstance(name, str) or "/" in name or name == "..":
           raise ConfigError(f"{path}: names {name!r}, outside the folder")
         if not (self.folder / name).is_file():
           raise ConfigError(f"{self.folder / name}: missing; {INDEX} names it")

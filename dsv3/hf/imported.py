@@ -7,6 +7,7 @@ they came with, `scales.npz` the scales of FP8 blocks that were expanded: with
 both the way back is exact.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dsv3 import config
+from dsv3 import config, overlay
 from dsv3.config import ConfigError
-from dsv3.hf import names, read, write
-from dsv3.hf.files import ToWrite
+from dsv3.hf import files, names, read, write
 from dsv3.nn.transformer import make_model, split
 
 COMPUTE = {"bfloat16": "bfloat16", "float32": "float32", "fp8": "bfloat16"}
@@ -63,7 +63,11 @@ def write_weights(
 def _write_beside(folder, source, origin) -> None:
   scales = {} if origin["dtype"] == "fp8" else read.read_scales(source)
   if scales:
-    np.savez(folder / "scales.npz", **scales)
+    # NumPy's format has no type for the eight bits of a power of two.
+    kept = {
+      n: x.view(np.uint8) if x.itemsize == 1 else x for n, x in scales.items()
+    }
+    np.savez(folder / "scales.npz", **kept)
   text = json.dumps({**origin, "config": source.published}, indent=2)
   (folder / "source.json").write_text(text)
 
@@ -73,29 +77,31 @@ def _origin(workdir) -> dict[str, Any]:
   return {key: values[key] for key in ("from", "bytes", "dtype")}
 
 
-def _groups(source: read.Source, dtype: str) -> Iterator[list[ToWrite]]:
-  files = source.folder
+def _groups(source: read.Source, dtype: str) -> Iterator[list[files.ToWrite]]:
+  stored = source.folder
   for tensor in source.tensors:
     for part in tensor.parts if tensor.is_copy else ():
-      read.check_copy(files, tensor, part)
-    if dtype == "fp8" and tensor.scale_name in files.index:
-      yield _as_stored(files, tensor)
+      read.check_copy(stored, tensor, part)
+    if dtype == "fp8" and tensor.scale_name in stored.index:
+      yield _as_stored(stored, tensor)
     else:
-      make = lambda t=tensor: read.read_tensor(files, t)
+      make = lambda t=tensor: read.read_tensor(stored, t)
       yield write.to_write(tensor, make, dtype)
 
 
-def _as_stored(files, tensor: names.Tensor) -> list[ToWrite]:
+def _as_stored(
+  folder: files.Folder, tensor: names.Tensor
+) -> list[files.ToWrite]:
   """FP8 blocks and their scales, byte for byte."""
 
   def make(name):
     if name == tensor.name:
-      read.read_tensor(files, tensor)  # finite, or an error
-    return files[name]
+      read.read_tensor(folder, tensor)  # finite, or an error
+    return folder[name]
 
-  found = [(n, files.index[n]) for n in (tensor.name, tensor.scale_name)]
+  found = [(n, folder.index[n]) for n in (tensor.name, tensor.scale_name)]
   return [
-    ToWrite(n, stored.dtype, stored.shape, lambda n=n: make(n))
+    files.ToWrite(n, stored.dtype, stored.shape, lambda n=n: make(n))
     for n, stored in found
   ]
 
@@ -121,19 +127,25 @@ def parameters(
   return graphdef, *trees
 
 
+# What may change between weights and the network that goes on with them: how
+# it is computed, how experts are balanced, and how far positions reach.
+_FREE = (
+  *("dtype", "layers", "remat", "attention.kernel", "moe.kernel"),
+  *("init_std", "moe.balancing", "rope.yarn_factor", "rope.original_len"),
+  *("rope.beta_fast", "rope.beta_slow", "rope.mscale"),
+)
+
+
 def check_fits(model: config.Model, other: config.Model, where: str) -> None:
-  """Raises ConfigError unless the parameters of `other`, in `where`, fit."""
-  shapes = lambda trees: {
-    read.path_text(path): leaf.shape
-    for tree in trees[1:]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
-  wanted, found = shapes(_abstract(model)), shapes(_abstract(other))
-  for path in sorted(wanted.keys() | found.keys()):
-    a, b = (x.get(path, "none") for x in (found, wanted))
-    if a != b:
+  """Raises ConfigError unless weights of `other`, in `where`, mean the same."""
+  pairs = overlay.difference(
+    dataclasses.asdict(other), dataclasses.asdict(model)
+  )
+  for key, (a, b) in pairs.items():
+    if key not in _FREE or model.moe.has_bias != other.moe.has_bias:
       raise ConfigError(
-        f"config.model: {path}: found {a} in {where}, wanted {b}"
+        f"config.model.{key}: found {b!r}, wanted {a!r}, that of the weights "
+        f"in {where}"
       )
 
 
@@ -157,5 +169,9 @@ def way_back(
   published = json.loads((folder / "source.json").read_text())["config"]
   if (folder / "scales.npz").is_file():
     with np.load(folder / "scales.npz") as file:
-      return published, {name: file[name] for name in file.files}
+      kept = {name: file[name] for name in file.files}
+    bits = files.DTYPES["F8_E8M0"]
+    return published, {
+      n: x.view(bits) if x.itemsize == 1 else x for n, x in kept.items()
+    }
   return published, read.read_scales(read.open_source(folder))

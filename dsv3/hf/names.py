@@ -27,13 +27,17 @@ class Part(NamedTuple):
   begin: int = 0
   end: int | None = None
   transposed: bool = True
+  flipped: bool = False  # the two halves of the columns change places
 
   def of(self, tensor: np.ndarray) -> np.ndarray:
     """The part of a tensor as [in, heads, rows], or as it is."""
     if not self.transposed:
       return tensor
     rows = tensor.reshape(self.heads, -1, tensor.shape[-1])
-    return np.moveaxis(rows[:, self.begin : self.end], -1, 0)
+    part = np.moveaxis(rows[:, self.begin : self.end], -1, 0)
+    if self.flipped:  # a view as well: `put` writes through it
+      part = part.reshape(2, -1, *part.shape[1:])[::-1]
+    return part
 
   def put(self, tensor: np.ndarray, value: np.ndarray) -> None:
     """The inverse of `of`: writes our slice into the tensor."""
@@ -178,8 +182,10 @@ def _mtp(model: config.Model, k: int) -> Iterator[Tensor]:
   yield Tensor("enorm.weight", dim, "BF16", _gain("mtp/enorm", k))
   yield Tensor("hnorm.weight", dim, "BF16", _gain("mtp/hnorm", k))
   shape = (model.dim, 2 * model.dim)
-  # High precision: the release has no scales for this projection.
-  yield Tensor("eh_proj.weight", shape, "BF16", (Part("mtp/proj", (k,)),))
+  # On disk the embedding comes first. High precision: there are no scales.
+  flipped = model.mtp.concat == "hidden_embedding"
+  part = Part("mtp/proj", (k,), flipped=flipped)
+  yield Tensor("eh_proj.weight", shape, "BF16", (part,))
   yield Tensor("shared_head.norm.weight", dim, "BF16", _gain("mtp/norm", k))
 
 

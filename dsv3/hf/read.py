@@ -49,15 +49,20 @@ def open_source(folder: str | pathlib.Path, dtype: str = "float32") -> Source:
     published = json.loads(path.read_text())
   except OSError as error:
     raise ConfigError(f"{path}: {error.strerror}") from error
-  except json.JSONDecodeError as error:
+  except ValueError as error:  # no JSON, or no UTF-8
     raise ConfigError(f"{path}: damaged: {error}") from error
+  if not isinstance(published, dict):
+    raise ConfigError(f"{path}: found no JSON object")
   files = Folder(folder)
   depth, notes = configs.mtp_layers(published), []
   first = f"model.layers.{published.get('num_hidden_layers')}."
   if depth and not any(name.startswith(first) for name in files.index):
     notes.append(f"config.json speaks of {depth} MTP layers; there are none")
     depth = 0
-  tree = configs.from_hf(published, depth)
+  try:
+    tree = configs.from_hf(published, depth)
+  except (TypeError, AttributeError) as error:
+    raise ConfigError(f"{path}: a field of a wrong type: {error}") from error
   values = config.build(overlay.overlay(tree, {"model.dtype": dtype}))
   tensors = tuple(_present(files, values.model))
   _check_manifest(files, tensors)
@@ -122,7 +127,7 @@ def read_scales(source: Source) -> dict[str, np.ndarray]:
   """The scales of all FP8 tensors: they give unchanged weights back exactly."""
   files = source.folder
   return {
-    t.name: files[t.scale_name].astype(np.float32)
+    t.name: files[t.scale_name]
     for t in source.tensors
     if t.scale_name in files.index
   }

@@ -15,7 +15,7 @@ import tqdm
 
 from dsv3 import config
 from dsv3.config import ConfigError
-from dsv3.hf import blocks, configs, files, names
+from dsv3.hf import blocks, configs, files, names, read
 from dsv3.hf.files import INDEX, ToWrite, read_header, write_file
 from dsv3.hf.read import path_text
 from dsv3.nn.transformer import Transformer, split
@@ -184,21 +184,27 @@ def to_write(
     short = "F32" if "F32" in (tensor.dtype, _SHORT[kind]) else "BF16"
     cast = lambda: make().astype(files.DTYPES[short])
     return [ToWrite(tensor.name, short, tensor.shape, cast)]
-  pairs = []
+  pairs, kept = [], None if scale is None else scale.astype(np.float32)
   # A tensor whose scales are all powers of two goes on with such (V3.1).
-  power = scale is not None and bool((np.frexp(scale)[0] == 0.5).all())
+  power = kept is not None and bool((np.frexp(kept)[0] == 0.5).all())
+  short = scale is not None and scale.dtype == files.DTYPES["F8_E8M0"]
 
   def quantized(i):
     if not pairs:
-      pairs.extend(blocks.quantize(make(), scale, power_of_two=power))
-    value = pairs[i]
+      pairs.extend(blocks.quantize(make(), kept, power_of_two=power))
+    value = pairs[i].astype(scale.dtype) if i and short else pairs[i]
     if i == 1:
       pairs.clear()
     return value
 
   return [
     ToWrite(tensor.name, "F8_E4M3", tensor.shape, lambda: quantized(0)),
-    ToWrite(tensor.scale_name, "F32", tensor.scale_shape, lambda: quantized(1)),
+    ToWrite(
+      tensor.scale_name,
+      "F8_E8M0" if short else "F32",
+      tensor.scale_shape,
+      lambda: quantized(1),
+    ),
   ]
 
 
@@ -213,8 +219,37 @@ def _gather(tensor: names.Tensor, leaves: Mapping[str, Any]) -> np.ndarray:
 
 
 def save(
-  model: Transformer, folder: str | pathlib.Path, *, fp8: bool = False, **kwargs
+  model: Transformer,
+  folder: str | pathlib.Path,
+  *,
+  fp8: bool = False,
+  dtype: str | None = None,
+  like: str | pathlib.Path | None = None,
+  **kwargs,
 ) -> None:
-  """Writes a model as `write_folder` says."""
+  """Writes a model under the names of the release, as `write_folder` says.
+
+  Args:
+    dtype: bfloat16 or float32, of what is not FP8; None: that of the model's
+      parameters.
+    like: the folder that the model was loaded from: its config.json is kept,
+      and FP8 blocks that have not changed come out byte for byte.
+
+  >>> from dsv3 import hf
+  >>> model = hf.load("/data/DeepSeek-V3")  # doctest: +SKIP
+  >>> hf.save(model, "out", fp8=True, like="/data/DeepSeek-V3")  # doctest: +SKIP
+  """
   _, params, router = split(model)
-  write_folder(folder, model.model, (params, router), fp8=fp8, **kwargs)
+  dtype = dtype or str(jax.tree.leaves(params)[0].dtype)
+  if dtype not in ("bfloat16", "float32"):
+    raise ConfigError(f"dtype: found {dtype}, wanted bfloat16 or float32")
+  if like is not None:
+    source = read.open_source(like)
+    kwargs = {
+      "scales": read.read_scales(source),
+      "published": source.published,
+      **kwargs,
+    }
+  write_folder(
+    folder, model.model, (params, router), fp8=fp8, dtype=dtype, **kwargs
+  )

@@ -90,6 +90,7 @@ class Decoder:
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths.size or not lengths.all():
       raise ConfigError("prompts: found an empty one, wanted at least a token")
+    self._check_tokens(prompts)
     longest = int(lengths.max())
     chunk = min(chunk, caches.round_up(longest))
     padded = -(-longest // chunk) * chunk
@@ -103,6 +104,14 @@ class Decoder:
       part = tokens_BL[:, first : first + chunk + 1]
       past = self._prefill(self.weights, past, part, lengths, first)
     return past
+
+  def _check_tokens(self, prompts) -> None:
+    limit = self.model.vocab_size
+    for prompt in prompts:
+      if strange := [t for t in prompt if not 0 <= t < limit]:
+        raise ConfigError(
+          f"prompts: found token {strange[0]}, wanted 0 to {limit - 1}"
+        )
 
   def _empty(self, n_sequences: int, capacity: int, n_modules: int) -> Past:
     cache = caches.empty(

@@ -10,7 +10,6 @@ A letter beside the legend: `J` choices for the last token of a row.
 
 import collections
 import functools
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
@@ -118,7 +117,7 @@ class LM(TemplateLM):
     identity.check_tokenizer(trained.meta, tokens)
     if kwargs.get("max_length") is None:
       kwargs["max_length"] = values.data.seq_len
-    kwargs.setdefault("bos_id", _begin(values.data.tokenizer, tokens))
+    kwargs.setdefault("bos_id", _begin(tokens))
     made = cls(trained.model, tokens, **kwargs)
     made.source = {"workdir": str(workdir), "step": trained.step, "ema": ema}
     return made
@@ -139,7 +138,7 @@ class LM(TemplateLM):
     tokens = load_tokenizer(name, source.values.model.vocab_size)
     if kwargs.get("max_length") is None:
       kwargs["max_length"] = source.published.get("max_position_embeddings")
-    kwargs.setdefault("bos_id", _begin(name, tokens))
+    kwargs.setdefault("bos_id", _begin(tokens))
     model = nnx.merge(*read.parameters(source, dtype=dtype))
     made = cls(model, tokens, **kwargs)
     made.source = {"folder": str(folder)}
@@ -488,13 +487,9 @@ def _cut(text: str, until: Sequence[str]) -> str:
   return text[: min(ends)[1]] if ends else text
 
 
-def _begin(name: str, tokens: Tokenizer) -> int | None:
-  """The token that the tokenizer.json at `name` is to begin with, if any."""
-  path = pathlib.Path(name).expanduser().parent / "tokenizer_config.json"
-  if name == "bytes" or not path.is_file():
-    return None
-  begins = json.loads(path.read_text()).get("add_bos_token")
-  return tokens.bos_id if begins else None
+def _begin(tokens: Tokenizer) -> int | None:
+  """The token that every context is to begin with, if any."""
+  return None if tokens.start_id == tokens.eos_id else tokens.start_id
 
 
 def _batches(items: list, size: int) -> Iterator[list]:

@@ -19,7 +19,11 @@ class Sampling(NamedTuple):
   def check(self) -> None:
     """Raises ConfigError for a value that is out of range."""
     for name, ok, wanted in (
-      ("temperature", self.temperature >= 0, "0 or more"),
+      (
+        "temperature",
+        self.temperature == 0 or self.temperature >= 1e-4,
+        "0 (the likeliest) or 1e-4 or more",
+      ),
       ("top_k", self.top_k >= 0, "0 (all) or more"),
       ("top_p", 0 <= self.top_p <= 1, "0 to 1"),
       ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
@@ -62,10 +66,11 @@ def _least(p_W: jax.Array, sampling: Sampling) -> jax.Array:
 
   def halve(_, bounds):  # it begins after `low`, at `high` at the latest
     low, high = bounds
-    middle = (low + high) // 2
+    middle = jnp.maximum((low + high) // 2, 0)  # -1 has the bits of a NaN
     likelier_W = p_W > jax.lax.bitcast_convert_type(middle, jnp.float32)
-    stays = jnp.where(likelier_W, p_W, 0).sum() < sampling.top_p
-    stays &= likelier_W.sum() < k
+    stays = likelier_W.sum() < k
+    if sampling.top_p < 1:  # rounded, the sum of nearly all may reach 1
+      stays &= jnp.where(likelier_W, p_W, 0).sum() < sampling.top_p
     return jnp.where(stays, low, middle), jnp.where(stays, middle, high)
 
   most = jax.lax.bitcast_convert_type(p_W.max(), jnp.int32)

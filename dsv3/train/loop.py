@@ -162,6 +162,11 @@ class _Trainer:
   def _begin(self, create, adam) -> state.TrainState:
     """The state before the first step: with weights that are given, or drawn."""
     model, other = self.values.model, self.values.train.start_from
+    if other and imported.is_there(self.workdir):
+      raise ConfigError(
+        f"config.train.start_from: found {other}, wanted none: "
+        f"{self.workdir} has imported weights"
+      )
     if imported.is_there(self.workdir):
       _, *weights = imported.parameters(self.workdir, model)
     elif other:

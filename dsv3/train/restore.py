@@ -58,7 +58,8 @@ def restore(
   folder = pathlib.Path(workdir) / "checkpoints"
   checkpoints = Checkpoints(folder, read_only=True) if folder.is_dir() else None
   steps = checkpoints.steps if checkpoints else []
-  if imported.is_there(workdir) and step == 0 or not steps:
+  has_import = imported.is_there(workdir)
+  if has_import and step == 0 or not steps:
     return _restore_import(workdir, values, step, ema, as_stored)
   graphdef, params, router = jax.eval_shape(
     lambda: state.split(state.make_model(values.model, jax.random.key(0)))
@@ -75,7 +76,7 @@ def restore(
       reason = str(error).strip().split("\n")[0][:120]
       raise CheckpointError(f"checkpoint {step}: {reason}") from error
   else:
-    known = ", ".join(map(str, steps))
+    known = ", ".join(map(str, [0, *steps] if has_import else steps))
     raise ConfigError(f"--step={step}: no such checkpoint; there are {known}")
   return Trained(
     values, step, graphdef, found[weights], found.get("router", router), meta

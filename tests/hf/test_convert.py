@@ -13,7 +13,7 @@ import pytest
 
 from dsv3 import cli, hf
 from dsv3.config import ConfigError
-from dsv3.hf import files, imported, names, read, write
+from dsv3.hf import blocks, files, imported, names, read, write
 from dsv3.nn import transformer
 from dsv3.train.restore import restore
 from tests import micro
@@ -140,6 +140,13 @@ def test_an_imported_run_is_evaluated_and_trained_on(folder, tmp_path, capsys):
   out = tmp_path / "out"
   assert cli.main(["convert", "to-hf", str(run), f"--out={out}"]) == 0
   assert "after step 4" in capsys.readouterr().out
+  back = tmp_path / "back"  # what it began with is still there, as step 0
+  words = ["convert", "to-hf", str(run), f"--out={back}", "--fp8", "--step=0"]
+  assert cli.main(words) == 0
+  assert "after step 0" in capsys.readouterr().out
+  there, found = files.Folder(folder), files.Folder(back)
+  assert all(found[n].tobytes() == there[n].tobytes() for n in there.index)
+  assert "there are 0, " in refusal([*words[:3], "--out=x", "--step=3"], capsys)
   params = weights(hf.load(out))[0]
   old = weights(hf.load(folder))[0]
   assert not np.array_equal(params["head"][...], old["head"][...])
@@ -256,6 +263,117 @@ def restored(run, *args, **kwargs):
   return trained.params, trained.router
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_load_and_save_from_python_is_byte_for_byte(
+  folder, dtype, power_of_two, tmp_path
+):
+  source = shutil.copytree(folder, tmp_path / "source")
+  if power_of_two:
+    as_powers_of_two(source)
+  loaded = hf.load(source, dtype=dtype)
+  hf.save(loaded, tmp_path / "out", fp8=True, like=source)
+  there, back = files.Folder(source), files.Folder(tmp_path / "out")
+  assert there.index.keys() == back.index.keys()
+  for name, stored in there.index.items():
+    assert back.index[name].dtype == stored.dtype
+    assert back[name].tobytes() == there[name].tobytes(), name
+  # Without blocks a model is written as precisely as it is.
+  hf.save(loaded, tmp_path / "wide")
+  assert same(weights(hf.load(tmp_path / "wide", dtype=dtype)), weights(loaded))
+  with pytest.raises(ConfigError, match="dtype: found int8"):
+    hf.save(loaded, tmp_path / "bad", dtype="int8")
+
+
+def as_powers_of_two(release):
+  """Scales as V3.1 has them, in a type of eight bits."""
+  there = files.Folder(release)
+  for name in [n for n in there.index if n.endswith("_scale_inv")]:
+    weight_name = name.removesuffix("_scale_inv")
+    value = blocks.dequantize(there[weight_name], there[name])
+    pair = blocks.quantize(value, power_of_two=True)
+
+    def change(arrays, name=name, weight_name=weight_name, pair=pair):
+      arrays[weight_name] = "F8_E4M3", pair[0]
+      arrays[name] = "F8_E8M0", pair[1].astype(ml_dtypes.float8_e8m0fnu)
+
+    rewrite(release, name, change)
+
+
+def test_float32_weights_that_were_bfloat16_keep_their_blocks():
+  rng = np.random.default_rng(0)
+  first = blocks.quantize(rng.normal(size=(200, 300)).astype(np.float32))
+  short = blocks.dequantize(*first).astype(ml_dtypes.bfloat16)
+  again = blocks.quantize(short.astype(np.float32), first[1])
+  assert [a.tobytes() for a in first] == [b.tobytes() for b in again]
+
+
+def test_the_paper_s_order_of_the_mtp_projection_goes_out_and_in(tmp_path):
+  """Eq. 21 has the hidden state first, the release the embedding."""
+  ours = micro.config_of({"model.mtp.concat": "hidden_embedding"}).model
+  made = transformer.make_model(ours, jax.random.key(0))
+  hf.save(made, tmp_path / "out")
+  loaded = hf.load(tmp_path / "out")
+  assert loaded.model.mtp.concat == "embedding_hidden"
+  tokens = jnp.arange(12)[None]
+  ahead = jnp.roll(tokens, -1, axis=1)[:, None]
+  a, b = (m(tokens, None, ahead).hidden[1] for m in (made, loaded))
+  np.testing.assert_allclose(a, b, atol=1e-5)
+  halves = np.split(np.asarray(made.mtp.proj[...]), 2, axis=1)
+  assert np.array_equal(
+    loaded.mtp.proj[...], np.concatenate(halves[::-1], axis=1)
+  )
+
+
+@pytest.mark.parametrize(
+  "words, wanted",
+  [
+    (["to-hf", "--dry-run"], "--dry-run: no option of to-hf"),
+    (["to-hf", "--dtype=fp8"], "wanted --fp8"),
+    (["from-hf", "--fp8"], "--fp8: no option of from-hf"),
+    (["from-hf", "--ema"], "--ema: no option of from-hf"),
+    (["from-hf", "--step=0"], "--step: no option of from-hf"),
+  ],
+)
+def test_options_of_the_other_direction_are_refused(
+  words, wanted, folder, tmp_path, capsys
+):
+  out = tmp_path / "out"
+  words = ["convert", words[0], str(folder), f"--out={out}", words[1]]
+  assert wanted in refusal(words, capsys)
+  assert not out.exists()
+
+
+@pytest.mark.parametrize(
+  "values, wanted",
+  [
+    (b"[1]", "found no JSON object"),
+    (b"\xff\xfe", "damaged"),
+    ({"num_hidden_layers": None}, "config.json: a field of a wrong type"),
+    ({"first_k_dense_replace": None}, "a field of a wrong type"),
+    ({"rope_scaling": [1]}, "a field of a wrong type"),
+    (
+      {"quantization_config": {"quant_method": "awq"}},
+      "quantization_config.quant_method: found 'awq'",
+    ),
+    (
+      {"quantization_config": {"weight_block_size": [64, 64]}},
+      "weight_block_size: found [64, 64]",
+    ),
+  ],
+)
+def test_a_config_json_that_cannot_be_is_one_line(
+  values, wanted, folder, tmp_path, capsys
+):
+  copy = shutil.copytree(folder, tmp_path / "copy")
+  path = copy / "config.json"
+  if isinstance(values, dict):
+    values = json.dumps(json.loads(path.read_text()) | values).encode()
+  path.write_bytes(values)
+  line = refusal(["convert", "from-hf", str(copy), "--out=x"], capsys)
+  assert wanted in line and line.count("\n") == 1
+
+
 def test_an_import_of_full_precision_as_fp8_is_quantised(model, tmp_path):
   hf.save(model, tmp_path / "wide", dtype="float32")
   run = tmp_path / "run"
@@ -275,20 +393,10 @@ def test_scales_as_powers_of_two_in_eight_bits_are_read_and_kept(
   """V3.1: `ue8m0`, in a type of its own."""
   release = tmp_path / "release"
   hf.save(model, release, fp8=True)
-  there = files.Folder(release)
-  for name in [n for n in there.index if n.endswith("_scale_inv")]:
-    weight_name = name.removesuffix("_scale_inv")
-    value = hf.read.blocks.dequantize(there[weight_name], there[name])
-    pair = hf.read.blocks.quantize(value, power_of_two=True)
-
-    def change(arrays, name=name, weight_name=weight_name, pair=pair):
-      arrays[weight_name] = "F8_E4M3", pair[0]
-      arrays[name] = "F8_E8M0", pair[1].astype(ml_dtypes.float8_e8m0fnu)
-
-    rewrite(release, name, change)
+  as_powers_of_two(release)
   there = files.Folder(release)
   assert there.index[Q + "_scale_inv"].dtype == "F8_E8M0"
-  wanted = hf.read.blocks.dequantize(there[Q], there[Q + "_scale_inv"])
+  wanted = blocks.dequantize(there[Q], there[Q + "_scale_inv"])
   assert np.array_equal(read.read_tensor(there, tensor_named(Q, model)), wanted)
   for dtype in ("fp8", "bfloat16"):
     run, out = tmp_path / dtype, tmp_path / f"{dtype}_out"
@@ -297,11 +405,9 @@ def test_scales_as_powers_of_two_in_eight_bits_are_read_and_kept(
     words = ["convert", "to-hf", str(run), f"--out={out}", "--fp8"]
     assert cli.main(words) == 0
     back = files.Folder(out)
-    for name in there.index:
-      if name.endswith("_scale_inv"):  # written as float32, the same powers
-        assert np.array_equal(back[name], there[name].astype(np.float32))
-      else:
-        assert back[name].tobytes() == there[name].tobytes(), name
+    for name, stored in there.index.items():
+      assert back.index[name].dtype == stored.dtype
+      assert back[name].tobytes() == there[name].tobytes(), name
 
 
 def tensor_named(name, model):
@@ -326,7 +432,10 @@ def test_a_run_begins_with_the_weights_of_another(folder, tmp_path, capsys):
     np.testing.assert_allclose(x, y, atol=1e-6)
   wrong = [*words[:2], f"--workdir={tmp_path / 'third'}"]
   line = refusal([*wrong, "--config.model.mtp.depth=0"], capsys)
-  assert "config.model: mtp/" in line and f"in {first}, wanted none" in line
+  assert "config.model.mtp.depth: found 0, wanted 1" in line
+  order = "--config.model.mtp.concat=hidden_embedding"
+  line = refusal([*wrong, order], capsys)
+  assert "mtp.concat: found 'hidden_embedding', wanted 'embed" in line
   line = refusal([*wrong, "--config.train.start_from=nowhere"], capsys)
   assert "config.train.start_from: --workdir=nowhere: found no run" in line
 

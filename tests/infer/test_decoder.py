@@ -276,6 +276,30 @@ def test_filters_keep_what_a_sort_keeps(top_p, top_k):
   assert kept_W[5] == kept_W[9]
 
 
+@pytest.mark.parametrize(
+  "sampling",
+  [
+    Sampling(min_p=0.05),
+    Sampling(min_p=1e-6),
+    Sampling(top_k=264),
+    Sampling(top_k=1000, top_p=0.99999),
+    Sampling(1e-4, top_k=3),
+  ],
+)
+def test_filters_that_leave_out_little_leave_a_distribution(sampling):
+  logits_BW = 3 * jax.random.normal(jax.random.key(0), (256, 264))
+  log_p_BW = jax.vmap(filtered, (0, None))(logits_BW, sampling)
+  assert not np.isnan(log_p_BW).any()
+  np.testing.assert_allclose(np.exp(log_p_BW).sum(-1), 1, atol=1e-5)
+  p_BW = jax.nn.softmax(logits_BW / sampling.temperature)
+  n_kept_B = np.isfinite(log_p_BW).sum(-1)
+  if sampling.min_p:
+    least_B1 = sampling.min_p * p_BW.max(-1, keepdims=True)
+    assert (n_kept_B == (p_BW >= least_B1).sum(-1)).all()
+  if sampling.top_k == 264:
+    assert (n_kept_B == 264).all()
+
+
 def test_greedy_takes_the_first_of_equal_logits():
   token, _ = choose(jnp.array([0.0, 2.0, 2.0, 1.0]), jax.random.key(0), GREEDY)
   assert int(token) == 1
@@ -286,6 +310,9 @@ def test_greedy_takes_the_first_of_equal_logits():
   [
     ({"sampling": Sampling(top_p=1.5)}, "top_p: found 1.5"),
     ({"sampling": Sampling(temperature=-1)}, "temperature: found -1"),
+    ({"sampling": Sampling(temperature=1e-39)}, "temperature: found 1e-39"),
+    ({"prompts": [[1], [264]]}, "found token 264, wanted 0 to 263"),
+    ({"prompts": [[-1]]}, "found token -1"),
     ({"max_tokens": 0}, "max_tokens: found 0"),
     ({"prompts": [[1], []]}, "prompts: found an empty one"),
   ],
