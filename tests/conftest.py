@@ -9,6 +9,8 @@ import importlib.metadata
 import os
 import pathlib
 
+import pytest
+
 _CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 _FLAGS = [
   "--xla_backend_optimization_level=0",
@@ -22,3 +24,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+  """Linux lets a process map 65,530 regions, and every compiled program takes
+  some: those of all tests together end it with a segmentation fault."""
+  yield
+  import jax
+
+  jax.clear_caches()

@@ -4,8 +4,6 @@
 file when it is first asked for. What the three calls compute is what the
 harness's Hugging Face adapter computes: the same split of context and
 continuation, truncation from the left, windows and stop strings.
-
-A letter beside the legend: `J` choices for the last token of a row.
 """
 
 import collections
@@ -15,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from flax import nnx
@@ -24,7 +21,7 @@ from dsv3.config import ConfigError
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.tokenizer import load as load_tokenizer
 from dsv3.hf import read
-from dsv3.infer import cache
+from dsv3.infer import scoring
 from dsv3.infer.decoder import Decoder
 from dsv3.infer.generate import stream
 from dsv3.infer.sampling import Sampling
@@ -42,8 +39,6 @@ except ModuleNotFoundError as error:
     f"dsv3.infer.LM: found no module {error.name}, wanted EleutherAI's "
     'lm-evaluation-harness: pip install "dsv3[harness]"'
   ) from error
-
-_CHUNK = 64  # positions that go through the head at once; divides all lengths
 
 
 class _Manner(NamedTuple):
@@ -221,12 +216,16 @@ class LM(TemplateLM):
       total=len(requests), desc="loglikelihood", disable=disable_tqdm
     ) as bar:
       for keys in _batches(order, self.batch_size):
-        batch = _lay_out(keys, [rows[key] for key in keys], self.batch_size)
-        scores = _score(self._weights, batch, graphdef=self._graphdef)
+        batch = scoring.lay_out(
+          keys, [rows[key] for key in keys], self.batch_size
+        )
+        scores = scoring.score(self._weights, batch, graphdef=self._graphdef)
         scores = jax.device_get(scores)
         for b, key in enumerate(keys):
           for x, ask in enumerate(rows[key]):
-            out[ask.index] = answer = _answer(scores, b, x, len(key), ask)
+            out[ask.index] = answer = scoring.answer(
+              scores, b, x, len(key), ask
+            )
             text = requests[ask.index][0]
             if text is not None:
               self.cache_hook.add_partial("loglikelihood", text, answer)
@@ -243,7 +242,7 @@ class LM(TemplateLM):
       )
     tokens = [*(context or [self.prefix_token_id]), *continuation]
     *inputs, last = tokens[-self.max_length - 1 :]
-    return tuple(inputs), _Ask(index, len(continuation), last)
+    return tuple(inputs), scoring.Ask(index, len(continuation), last)
 
   def generate_until(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -316,7 +315,7 @@ class LM(TemplateLM):
   ) -> list[str]:
     """The texts that follow `prompts`, none of which is empty."""
     texts = [_Text(self.tokenizer, manner.until) for _ in prompts]
-    n_more = _rows(len(prompts), self.batch_size) - len(prompts)
+    n_more = scoring.few_rows(len(prompts), self.batch_size) - len(prompts)
     for step in stream(
       self._decoder,
       [*prompts, *[[self.eot_token_id]] * n_more],
@@ -333,116 +332,6 @@ class LM(TemplateLM):
   @functools.cached_property
   def _decoder(self) -> Decoder:
     return Decoder(self.model)
-
-
-class _Ask(NamedTuple):
-  """What a request wants of a row of the batch."""
-
-  index: int  # of the request
-  n_labels: int  # tokens of the continuation, of which the last is
-  last: int
-
-
-class _Batch(NamedTuple):
-  """Rows of inputs, and the tokens whose probability is asked for."""
-
-  tokens_BL: np.ndarray
-  length_B: np.ndarray
-  labels_BL: np.ndarray  # the token after each position, or -1: not asked for
-  last_BJ: np.ndarray  # choices for the token after the last
-
-
-class _Scores(NamedTuple):
-  """Log-probabilities in nats, and what greedy decoding would write."""
-
-  log_p_BL: jax.Array
-  greedy_BL: jax.Array  # whether the label is the likeliest
-  last_log_p_BJ: jax.Array
-  last_greedy_B: jax.Array  # the likeliest token
-
-
-def _lay_out(
-  keys: Sequence[Sequence[int]], asks: Sequence[list[_Ask]], batch_size: int
-) -> _Batch:
-  """Inputs and requests as arrays of one of few shapes."""
-  n_rows = _rows(len(keys), batch_size)
-  n_choices = _rows(max(map(len, asks)))
-  tokens_BL = np.zeros((n_rows, cache.round_up(max(map(len, keys)))), np.int32)
-  batch = _Batch(
-    tokens_BL,
-    np.zeros(n_rows, np.int32),
-    np.full_like(tokens_BL, -1),
-    np.zeros((n_rows, n_choices), np.int32),
-  )
-  for b, (key, row) in enumerate(zip(keys, asks, strict=True)):
-    first = len(key) - max(ask.n_labels for ask in row)
-    batch.tokens_BL[b, : len(key)] = key
-    batch.length_B[b] = len(key)
-    batch.labels_BL[b, first : len(key) - 1] = key[first + 1 :]
-    batch.last_BJ[b, : len(row)] = [ask.last for ask in row]
-  return batch
-
-
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _score(weights: nnx.State, batch: _Batch, *, graphdef) -> _Scores:
-  """The scores of a batch, in the memory of one chunk of logits.
-
-  A chunk of positions without a label does not go through the head.
-  """
-  model = nnx.merge(graphdef, weights)
-  tokens_BL, length_B, labels_BL, last_BJ = batch
-  inside_BL = jnp.arange(tokens_BL.shape[1]) < length_B[:, None]
-  hidden_BLD = model(tokens_BL, inside_BL.astype(jnp.int32)).hidden[0]
-
-  def score(part):
-    hidden_BLD, labels_BL = part
-    return jax.lax.cond(
-      (labels_BL >= 0).any(),
-      lambda: _of_labels(model.logits(hidden_BLD), labels_BL),
-      lambda: (jnp.zeros(labels_BL.shape), jnp.zeros(labels_BL.shape, bool)),
-    )
-
-  parts = _chunks(hidden_BLD), _chunks(labels_BL)
-  log_p_BL, greedy_BL = jax.tree.map(_join, jax.lax.map(score, parts))
-  last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
-  last_B1D = jnp.take_along_axis(hidden_BLD, last_B11, axis=1)
-  last_BW = model.logits(last_B1D)[:, 0]
-  last_log_p_BJ = jnp.take_along_axis(
-    jax.nn.log_softmax(last_BW), last_BJ, axis=-1
-  )
-  return _Scores(log_p_BL, greedy_BL, last_log_p_BJ, last_BW.argmax(-1))
-
-
-def _of_labels(logits_BLW, labels_BL):
-  label_BL1 = jnp.maximum(labels_BL, 0)[..., None]
-  logit_BL = jnp.take_along_axis(logits_BLW, label_BL1, axis=-1)[..., 0]
-  log_p_BL = logit_BL - jax.nn.logsumexp(logits_BLW, axis=-1)
-  return log_p_BL, logits_BLW.argmax(-1) == labels_BL
-
-
-def _chunks(x_BL: jax.Array) -> jax.Array:
-  """[B, L, ...] as [L / chunk, B, chunk, ...]."""
-  n_rows, length, *rest = x_BL.shape
-  split = x_BL.reshape(n_rows, length // _CHUNK, _CHUNK, *rest)
-  return jnp.moveaxis(split, 1, 0)
-
-
-def _join(x: jax.Array) -> jax.Array:
-  """The inverse of `_chunks`, of [L / chunk, B, chunk]."""
-  return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
-
-
-def _answer(
-  scores: _Scores, b: int, x: int, length: int, ask: _Ask
-) -> tuple[float, bool]:
-  """Log-probability of a continuation, and whether greedy would write it."""
-  span = slice(length - ask.n_labels, length - 1)
-  log_p = scores.log_p_BL[b, span].sum(dtype=np.float64)
-  greedy = scores.greedy_BL[b, span].all()
-  return (
-    float(log_p + scores.last_log_p_BJ[b, x]),
-    bool(greedy and scores.last_greedy_B[b] == ask.last),
-  )
 
 
 class _Text:
@@ -495,9 +384,3 @@ def _begin(tokens: Tokenizer) -> int | None:
 def _batches(items: list, size: int) -> Iterator[list]:
   for first in range(0, len(items), size):
     yield items[first : first + size]
-
-
-def _rows(n: int, most: int | None = None) -> int:
-  """The next power of two, `most` at most: a new shape compiles anew."""
-  power = 1 << (n - 1).bit_length()
-  return power if most is None else min(power, most)

@@ -31,6 +31,9 @@ class Network(nnx.Module):
     self.blocks = nnx.List([b for stack in stacks for b in unstack(stack)])
     modules = unstack(model.mtp) if hasattr(model, "mtp") else []
     self.modules = nnx.List(modules)
+    for block in [*self.blocks, *(module.block for module in modules)]:
+      w_uk_HNC, w_uv_HCV = block.attention.by_head()
+      block.w_uk_HNC, block.w_uv_HCV = nnx.Param(w_uk_HNC), nnx.Param(w_uv_HCV)
     self.model = model.model
 
   embedding = Transformer.embedding
@@ -64,7 +67,7 @@ def run_block(
 ) -> tuple[jax.Array, Layer]:
   """A block over the window; slots from `first` on see none before it."""
   h_BLD = block.attention_norm(x_BLD)
-  u_BLD, layer = _attention(block.attention, h_BLD, layer, window, first)
+  u_BLD, layer = _attention(block, h_BLD, layer, window, first)
   x_BLD = x_BLD + u_BLD
   u_BLD = block.ffn_norm(x_BLD)
   if isinstance(block.ffn, moe.Moe):
@@ -72,7 +75,8 @@ def run_block(
   return x_BLD + block.ffn(u_BLD), layer
 
 
-def _attention(mla, h_BLD, layer, window, first):
+def _attention(block, h_BLD, layer, window, first):
+  mla = block.attention
   offset_B, inside_BL, absorbed = window
   turns, offset_B1 = rope_frequencies(mla.model), offset_B[:, None]
   q = mla.queries(h_BLD, turns, offset_B1)
@@ -82,7 +86,8 @@ def _attention(mla, h_BLD, layer, window, first):
   if absorbed:
     sees_BLM = slots_BL[..., None] >= slots_M
     sees_BLM &= (slots_BL[..., None] < first) | (slots_M >= first)
-    return mla.absorbed(q, *layer, sees_BLM), layer
+    by_head = block.w_uk_HNC[...], block.w_uv_HCV[...]
+    return mla.absorbed(q, *layer, sees_BLM, *by_head), layer
   c_kv_BMC, k_r_BMR = (x.astype(h_BLD.dtype) for x in layer)
   k, v = mla.expand(c_kv_BMC, k_r_BMR)
   segment = lambda slots: 1 + (slots >= first).astype(jnp.int32)

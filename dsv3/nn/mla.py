@@ -100,7 +100,14 @@ class Mla(nnx.Module):
       v_BLHV = self.gemm.dot(c_kv_BLC, self.w_uv[...])
     return k, v_BLHV
 
-  def absorbed(self, q, c_kv_BMC, k_r_BMR, sees_BLM) -> jax.Array:
+  def by_head(self) -> tuple[jax.Array, jax.Array]:
+    """W_UK as [H, N, C] and W_UV as [H, C, V]: what `absorbed` multiplies."""
+    w_uk_HNC = jnp.transpose(self.w_uk[...], (1, 2, 0))
+    return w_uk_HNC, jnp.transpose(self.w_uv[...], (1, 0, 2))
+
+  def absorbed(
+    self, q, c_kv_BMC, k_r_BMR, sees_BLM, w_uk_HNC, w_uv_HCV
+  ) -> jax.Array:
     """Attention in the latent's space, for decoding: Eq. 10 without Eq. 2 and 5.
 
     q.(W_UK c) is (W_UK^T q).c, and sums of values are W_UV of sums of latents:
@@ -111,6 +118,8 @@ class Mla(nnx.Module):
       q: queries, [B, L, H, N + R].
       c_kv_BMC: latents of the past, normed; k_r_BMR: its rotated keys.
       sees_BLM: True where a query sees a position; each sees at least one.
+      w_uk_HNC, w_uv_HCV: of `by_head`; made anew in each step they take longer
+        than the products.
     """
     a, r = self.model.attention, self.model.rope
     product = lambda subscripts, x, y: jnp.einsum(
@@ -121,7 +130,7 @@ class Mla(nnx.Module):
       preferred_element_type=jnp.float32,
     )
     q_c_BLHN, q_r_BLHR = jnp.split(q, [a.nope_dim], axis=-1)
-    q_BLHC = product("BLHN,CHN->BLHC", q_c_BLHN, self.w_uk[...]).astype(q.dtype)
+    q_BLHC = product("BLHN,HNC->BLHC", q_c_BLHN, w_uk_HNC).astype(q.dtype)
     score_BHLM = product("BLHC,BMC->BHLM", q_BLHC, c_kv_BMC)
     score_BHLM += product("BLHR,BMR->BHLM", q_r_BLHR, k_r_BMR)
     score_BHLM *= rope.softmax_scale(q.shape[-1], r.yarn_factor, r.mscale)
@@ -129,7 +138,7 @@ class Mla(nnx.Module):
     weight_BHLM = jax.nn.softmax(score_BHLM).astype(q.dtype)
     # Heads first: for the other order the CPU has no bfloat16 product.
     o_BHLC = product("BHLM,BMC->BHLC", weight_BHLM, c_kv_BMC).astype(q.dtype)
-    o_BLHV = product("BHLC,CHV->BLHV", o_BHLC, self.w_uv[...]).astype(q.dtype)
+    o_BLHV = product("BHLC,HCV->BLHV", o_BHLC, w_uv_HCV).astype(q.dtype)
     return self.output(o_BLHV)
 
   def output(self, o_BLHV) -> jax.Array:

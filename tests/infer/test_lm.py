@@ -18,9 +18,10 @@ from dsv3 import cli, hf
 from dsv3.config import ConfigError
 from dsv3.data import bpe
 from dsv3.data import tokenizer as tokenizing
-from dsv3.infer import LM, Decoder, Sampling, generate, lm
+from dsv3.infer import LM, Decoder, Sampling, generate, lm, scoring
 from dsv3.nn import transformer
 from tests import micro
+from tests.infer.test_decoder import equations
 
 BYTES = tokenizing.Bytes()
 GREEDY = Sampling(temperature=0.0)
@@ -227,8 +228,8 @@ def test_choices_of_one_token_share_a_row_and_shapes_are_few(
     shapes.append((*batch.tokens_BL.shape, *batch.last_BJ.shape[1:]))
     return real(weights, batch, **kwargs)
 
-  real = lm._score
-  monkeypatch.setattr(lm, "_score", spy)
+  real = scoring.score
+  monkeypatch.setattr(scoring, "score", spy)
   made = LM(model, BYTES, batch_size=4)
   found = score(made, *[("answer:", letter) for letter in "ABCDE"])
   assert shapes == [(1, 64, 8)]
@@ -243,29 +244,19 @@ def test_no_array_holds_the_logits_of_all_positions(model):
   """The largest array is smaller, and labels alone go through the head."""
   made = LM(model, BYTES)
   keys = [tuple(range(200))] * 4
-  batch = lm._lay_out(keys, [[lm._Ask(0, 9, 1)]] * 4, 4)
+  batch = scoring.lay_out(keys, [[scoring.Ask(0, 9, 1)]] * 4, 4)
   assert batch.tokens_BL.shape == (4, 256)
   jaxpr = jax.make_jaxpr(
-    lambda weights, b: lm._score(weights, b, graphdef=made._graphdef)
+    lambda weights, b: scoring.score(weights, b, graphdef=made._graphdef)
   )(made._weights, batch)
   sizes = [v.aval.size for e in equations(jaxpr.jaxpr) for v in e.outvars]
   n_vocab = model.head.shape[1]
-  assert 4 * lm._CHUNK * n_vocab in sizes
+  assert 4 * scoring.CHUNK * n_vocab in sizes
   assert max(sizes) < 4 * 256 * n_vocab
   assert any(
-    e.primitive.name == "cond" and e.outvars[0].aval.shape == (4, lm._CHUNK)
+    e.primitive.name == "cond" and e.outvars[0].aval.shape == (4, scoring.CHUNK)
     for e in equations(jaxpr.jaxpr)
   )
-
-
-def equations(jaxpr):
-  """All equations of a program, those of its inner programs too."""
-  for eqn in jaxpr.eqns:
-    yield eqn
-    for value in jax.tree.leaves(list(eqn.params.values())):
-      inner = getattr(value, "jaxpr", value)
-      if hasattr(inner, "eqns"):
-        yield from equations(inner)
 
 
 def test_generate_until_is_generate_up_to_the_first_stop_string(
