@@ -86,7 +86,7 @@ def learning_rate(
   fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(into_cosine, 0.0, 1.0)))
   lr = v.lr_end + (v.lr_peak - v.lr_end) * fall
   lr = jnp.where(tokens >= v.horizon_tokens - v.lr_last_tokens, v.lr_last, lr)
-  warm = jnp.minimum(step / max(v.warmup_steps, 1), 1.0)
+  warm = jnp.minimum(step / v.warmup_steps, 1.0) if v.warmup_steps else 1.0
   return (lr * warm).astype(jnp.float32)
 
 
