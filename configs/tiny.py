@@ -16,6 +16,7 @@ DIFF = {
   "model.init_std": 0.02,
   "model.dtype": "float32",
   "model.remat": "none",
+  "model.precision.recipe": "bf16",
   "model.attention.n_heads": 4,
   "model.attention.n_kv_heads": 4,
   "model.attention.q_rank": 64,

@@ -9,6 +9,7 @@ DIFF = {
   "model.n_dense_layers": 1,
   "model.dense_hidden": 1536,
   "model.init_std": 0.02,
+  "model.precision.recipe": "bf16",
   "model.attention.n_heads": 8,
   "model.attention.n_kv_heads": 8,
   "model.attention.q_rank": 256,

@@ -13,6 +13,7 @@ DIFF = {
   "model.n_layers": 10,
   "model.n_dense_layers": 1,
   "model.dense_hidden": 4096,  # unpublished; ours: 4 x dim
+  "model.precision.recipe": "bf16",
   "model.attention.n_heads": 8,
   "model.attention.n_kv_heads": 8,
   "model.attention.q_rank": 0,

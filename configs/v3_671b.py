@@ -27,6 +27,15 @@ def get_config() -> ConfigDict:
   model.layers = "scan"  # ours: compile time does not grow with depth
   model.remat = "paper"  # Sec. 3.2.3
 
+  precision = model.precision = ConfigDict()
+  precision.recipe = "deepseek_v3"  # Sec. 3.3
+  precision.changes = ()  # ours: none to that recipe
+  precision.high = ()  # Sec. 3.3.1: all Linears; embedding, head, router stay
+  precision.kernel = "auto"  # ours
+  precision.report_every = 0  # ours
+  precision.guard = 0.0  # ours
+  precision.guard_action = "tell"  # ours
+
   attention = model.attention = ConfigDict()
   attention.kind = "mla"  # Sec. 2.1.1
   attention.n_heads = 128  # Sec. 4.2

@@ -84,6 +84,21 @@ class Mtp:
 
 
 @dataclasses.dataclass(frozen=True)
+class Precision:
+  """How Linears are quantised (Sec. 3.3); a run may change it as it goes on."""
+
+  recipe: Literal[
+    "bf16", "deepseek_v3", "per_tensor", "delayed", "blockwise_128", "mxfp8"
+  ]
+  changes: tuple[str, ...]  # FIELD=VALUE, of `dsv3.ops.recipes.Recipe`
+  high: tuple[str, ...]  # patterns of Linears that are never quantised
+  kernel: Literal["auto", "reference", "hopper"]
+  report_every: int  # steps between two reports of every Linear; 0: none
+  guard: float  # relative error of a matmul that is too much; 0: no guard
+  guard_action: Literal["tell", "keep_high"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
   """The network (Sec. 2)."""
 
@@ -98,6 +113,7 @@ class Model:
   dtype: Literal["bfloat16", "float32"]  # of activations
   layers: Literal["scan", "unrolled"]
   remat: Literal["none", "paper", "full"]
+  precision: Precision
   attention: Attention
   rope: Rope
   moe: Moe
@@ -370,7 +386,8 @@ _MAY_BE_ZERO = frozenset(
   "mtp_weight_tokens bias_speed bias_speed_tokens balance_weight z_weight "
   "batch_ramp_tokens lr_last_tokens lr_constant_tokens lr_cosine_tokens "
   "lr_end lr_last seed steps max_minutes ema_decay max_skipped eval_every "
-  "eval_batches final_eval_batches checkpoint_every b1 b2".split()
+  "eval_batches final_eval_batches checkpoint_every b1 b2 report_every "
+  "guard".split()
 )
 _SHARES = frozenset("fim_rate split_rate heldout ema_decay b1 b2".split())
 

@@ -120,6 +120,8 @@ def from_hf(
     | dense
     | {
       "name": kind,
+      # Weights to look at and to decode with; training in FP8 is one diff away.
+      "model.precision.recipe": "bf16",
       "model.attention.n_kv_heads": heads,
       "model.n_dense_layers": min(first, diff["model.n_layers"]),
       "model.mtp.depth": mtp_depth,

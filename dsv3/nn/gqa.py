@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3 import config
-from dsv3.nn.layers import weight
-from dsv3.nn.mla import Queries, attend, rope_frequencies
+from dsv3.nn.layers import linear, matrix
+from dsv3.nn.mla import Queries, attend, output_matrix, rope_frequencies
 from dsv3.ops import rope
 from dsv3.ops.gemm import Gemm
 
@@ -24,17 +24,18 @@ class Gqa(nnx.Module):
     a, std = model.attention, model.init_std
     keys = jax.random.split(key, 5)
     self.queries = Queries(model, gemm=gemm, key=keys[0])
-    self.w_k = weight(keys[1], (model.dim, n_kv_heads, a.nope_dim), std)
-    self.w_kr = weight(keys[2], (model.dim, n_kv_heads, a.rope_dim), std)
-    self.w_v = weight(keys[3], (model.dim, n_kv_heads, a.v_dim), std)
-    self.w_o = weight(keys[4], (a.n_heads, a.v_dim, model.dim), std)
+    heads = lambda dim: (model.dim, n_kv_heads, dim)
+    self.w_k = matrix(keys[1], "D HN", heads(a.nope_dim), std)
+    self.w_kr = matrix(keys[2], "D HR", heads(a.rope_dim), std)
+    self.w_v = matrix(keys[3], "D HV", heads(a.v_dim), std)
+    self.w_o = output_matrix(keys[4], model)
     self.model = model
     self.gemm = gemm
 
   def __call__(self, h_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
     frequencies_R = rope_frequencies(self.model)
     q = self.queries(h_BLD, frequencies_R)
-    k_r = rope.rotate(self.gemm.dot(h_BLD, self.w_kr[...]), frequencies_R)
-    k = jnp.concatenate([self.gemm.dot(h_BLD, self.w_k[...]), k_r], axis=-1)
-    v_BLHV = self.gemm.dot(h_BLD, self.w_v[...])
+    k_r = rope.rotate(linear(self.gemm.dot, h_BLD, self.w_kr), frequencies_R)
+    k = jnp.concatenate([linear(self.gemm.dot, h_BLD, self.w_k), k_r], axis=-1)
+    v_BLHV = linear(self.gemm.dot, h_BLD, self.w_v)
     return attend(q, k, v_BLHV, self.w_o, segments_BL, self.model, self.gemm)

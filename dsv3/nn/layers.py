@@ -1,18 +1,66 @@
-"""What the boxes are made of: weights, RMSNorm, the SwiGLU network."""
+"""What the boxes are made of: weights, Linears, RMSNorm, the SwiGLU network."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.ops.gemm import Gemm
+from dsv3.ops.linear import Weight
 
 
 def weight(key: jax.Array, shape: Sequence[int], std: float) -> nnx.Param:
   """A float32 parameter drawn from N(0, std^2) (Sec. 4.2)."""
   return nnx.Param(std * jax.random.normal(key, tuple(shape), jnp.float32))
+
+
+class Matrix(nnx.Param):
+  """The weight of a Linear: what a recipe quantises (Sec. 3.3).
+
+  `dims` says what its dims are, by name of the legend: `Q HN` has the inputs Q
+  and the outputs HN; `D 2 F` two panels side by side; `E D 2 F` one for each
+  expert. `role` is what the Linear is to a recipe (`ops/gemm.py`).
+  """
+
+
+def matrix(
+  key: jax.Array, dims: str, shape: Sequence[int], std: float, role: str = ""
+) -> Matrix:
+  """The weight of a Linear, drawn from N(0, std^2) (Sec. 4.2)."""
+  values = std * jax.random.normal(key, tuple(shape), jnp.float32)
+  return Matrix(values, dims=dims, role=role)
+
+
+def canonical(w: jax.Array, dims: str) -> jax.Array:
+  """[..., I, P, O], or [..., E, I, P, O] of experts; stacked dims stay in front.
+
+  >>> canonical(jnp.zeros((5, 8, 4, 3)), "Q HN").shape
+  (5, 8, 1, 12)
+  """
+  groups = dims.split()
+  if "2" not in groups:
+    groups.insert(-1, "")  # one panel
+  sizes, end = [], w.ndim
+  for letters in reversed(groups):
+    start = end - len(letters)
+    sizes.insert(0, math.prod(w.shape[start:end]))
+    end = start
+  return w.reshape(*w.shape[:end], *sizes)
+
+
+def linear(dot, x, w: Matrix, *load) -> jax.Array:
+  """x through the Linear of `w`, by one of a Gemm's products."""
+  value = w.get_value()
+  weight = value if isinstance(value, Weight) else Weight(value)
+  master = weight.master
+  panels, letters = "2" in w.dims.split(), len(w.dims.split()[-1])
+  outs = master.shape[master.ndim - letters - panels :]
+  weight = dataclasses.replace(weight, master=canonical(master, w.dims))
+  y = dot(x, weight, *load, role=w.role)
+  return y.reshape(*y.shape[:-2], *outs)
 
 
 class RmsNorm(nnx.Module):
@@ -31,47 +79,6 @@ class RmsNorm(nnx.Module):
     return (x32 * scale * self.gain[...]).astype(x.dtype)
 
 
-@jax.custom_vjp
-def swiglu(gate_up: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-  """silu(gate) * up, times a row's weight; kept are its inputs (Sec. 3.2.3).
-
-  Autodiff would keep the sigmoid and the silu as well.
-
-  Args:
-    gate_up: [..., 2, F], the gates and what they open.
-    weight: [...], float32, one a row; None is one.
-
-  Returns:
-    [..., F] in the type of gate_up, computed in float32 and rounded once.
-  """
-  gate, up = (gate_up[..., i, :].astype(jnp.float32) for i in (0, 1))
-  hidden = gate * jax.nn.sigmoid(gate) * up
-  if weight is not None:
-    hidden *= weight[..., None]
-  return hidden.astype(gate_up.dtype)
-
-
-def _swiglu_forward(gate_up, weight):
-  return swiglu(gate_up, weight), (gate_up, weight)
-
-
-def _swiglu_backward(saved, gradient):
-  gate_up, weight = saved
-  gate, up = (gate_up[..., i, :].astype(jnp.float32) for i in (0, 1))
-  gradient = gradient.astype(jnp.float32)
-  sigmoid = jax.nn.sigmoid(gate)
-  dweight = None
-  if weight is not None:
-    dweight = jnp.sum(gradient * gate * sigmoid * up, axis=-1)
-    gradient *= weight[..., None]
-  dgate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
-  dup = gradient * gate * sigmoid
-  return jnp.stack([dgate, dup], axis=-2).astype(gate_up.dtype), dweight
-
-
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
-
-
 class Ffn(nnx.Module):
   """The SwiGLU network: a dense layer's FFN, or the shared experts.
 
@@ -82,11 +89,10 @@ class Ffn(nnx.Module):
     self, dim: int, hidden: int, *, std: float, gemm: Gemm, key: jax.Array
   ):
     key_in, key_out = jax.random.split(key)
-    self.w_gate_up = weight(key_in, (dim, 2, hidden), std)
-    self.w_down = weight(key_out, (hidden, dim), std)
+    self.w_gate_up = matrix(key_in, "D 2 F", (dim, 2, hidden), std)
+    self.w_down = matrix(key_out, "F D", (hidden, dim), std)
     self.gemm = gemm
 
   def __call__(self, u: jax.Array) -> jax.Array:
-    gate_up = self.gemm.dot(u, self.w_gate_up[...])
-    hidden = swiglu(checkpoint_name(gate_up, "ffn_gate_up"))
-    return self.gemm.dot(hidden, self.w_down[...])
+    gate_up = linear(self.gemm.dot, u, self.w_gate_up)
+    return linear(self.gemm.swiglu_dot, gate_up, self.w_down)

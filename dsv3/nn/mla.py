@@ -7,7 +7,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3 import config
-from dsv3.nn.layers import RmsNorm, weight
+from dsv3.nn.layers import Matrix, RmsNorm, linear, matrix
 from dsv3.ops import rope
 from dsv3.ops.attention import attention
 from dsv3.ops.gemm import Gemm
@@ -31,10 +31,11 @@ class Queries(nnx.Module):
     keys = jax.random.split(key, 3)
     rank = a.q_rank or model.dim
     if a.q_rank:
-      self.w_dq = weight(keys[0], (model.dim, a.q_rank), std)
+      self.w_dq = matrix(keys[0], "D Q", (model.dim, a.q_rank), std)
       self.norm = RmsNorm(a.q_rank, model.norm_eps)
-    self.w_uq = weight(keys[1], (rank, a.n_heads, a.nope_dim), std)
-    self.w_qr = weight(keys[2], (rank, a.n_heads, a.rope_dim), std)
+    heads = lambda dim: (rank, a.n_heads, dim)
+    self.w_uq = matrix(keys[1], "Q HN", heads(a.nope_dim), std)
+    self.w_qr = matrix(keys[2], "Q HR", heads(a.rope_dim), std)
     self.rank = a.q_rank
     self.gemm = gemm
 
@@ -43,12 +44,12 @@ class Queries(nnx.Module):
     c_q = h_BLD
     if self.rank:
       with jax.named_scope("eq6"):
-        c_q = checkpoint_name(self.gemm.dot(h_BLD, self.w_dq[...]), "c_q")
+        c_q = checkpoint_name(linear(self.gemm.dot, h_BLD, self.w_dq), "c_q")
       c_q = self.norm(c_q)
     with jax.named_scope("eq7"):
-      q_c_BLHN = self.gemm.dot(c_q, self.w_uq[...])
+      q_c_BLHN = linear(self.gemm.dot, c_q, self.w_uq)
     with jax.named_scope("eq8"):
-      q_r_BLHR = self.gemm.dot(c_q, self.w_qr[...])
+      q_r_BLHR = linear(self.gemm.dot, c_q, self.w_qr)
       q_r_BLHR = rope.rotate(q_r_BLHR, frequencies_R, offset)
     with jax.named_scope("eq9"):
       return jnp.concatenate([q_c_BLHN, q_r_BLHR], axis=-1)
@@ -66,12 +67,13 @@ class Mla(nnx.Module):
     a, std = model.attention, model.init_std
     keys = jax.random.split(key, 6)
     self.queries = Queries(model, gemm=gemm, key=keys[0])
-    self.w_dkv = weight(keys[1], (model.dim, a.kv_rank), std)
+    heads = lambda dim: (a.kv_rank, a.n_heads, dim)
+    self.w_dkv = matrix(keys[1], "D C", (model.dim, a.kv_rank), std)
     self.kv_norm = RmsNorm(a.kv_rank, model.norm_eps)
-    self.w_uk = weight(keys[2], (a.kv_rank, a.n_heads, a.nope_dim), std)
-    self.w_kr = weight(keys[3], (model.dim, a.rope_dim), std)
-    self.w_uv = weight(keys[4], (a.kv_rank, a.n_heads, a.v_dim), std)
-    self.w_o = weight(keys[5], (a.n_heads, a.v_dim, model.dim), std)
+    self.w_uk = matrix(keys[2], "C HN", heads(a.nope_dim), std)
+    self.w_kr = matrix(keys[3], "D R", (model.dim, a.rope_dim), std)
+    self.w_uv = matrix(keys[4], "C HV", heads(a.v_dim), std)
+    self.w_o = output_matrix(keys[5], model)
     self.model = model
     self.gemm = gemm
 
@@ -80,16 +82,16 @@ class Mla(nnx.Module):
   ) -> tuple[jax.Array, jax.Array]:
     """The latent c_kv (normed) and the shared rotated key (Eq. 1, 3)."""
     with jax.named_scope("eq1"):
-      c_kv_BLC = checkpoint_name(self.gemm.dot(h_BLD, self.w_dkv[...]), "c_kv")
+      c_kv_BLC = checkpoint_name(linear(self.gemm.dot, h_BLD, self.w_dkv), "c_kv")
     with jax.named_scope("eq3"):
-      k_r_BLR = checkpoint_name(self.gemm.dot(h_BLD, self.w_kr[...]), "k_r")
+      k_r_BLR = checkpoint_name(linear(self.gemm.dot, h_BLD, self.w_kr), "k_r")
       k_r_BLR = rope.rotate(k_r_BLR[:, :, None], frequencies_R, offset)[:, :, 0]
     return self.kv_norm(c_kv_BLC), k_r_BLR
 
   def expand(self, c_kv_BLC, k_r_BLR) -> tuple[jax.Array, jax.Array]:
     """Keys and values of all heads from the latent (Eq. 2, 4, 5)."""
     with jax.named_scope("eq2"):
-      k_c_BLHN = self.gemm.dot(c_kv_BLC, self.w_uk[...])
+      k_c_BLHN = linear(self.gemm.dot, c_kv_BLC, self.w_uk)
     with jax.named_scope("eq4"):
       n_heads, rope_dim = k_c_BLHN.shape[2], k_r_BLR.shape[-1]
       k_r_BLHR = jnp.broadcast_to(
@@ -97,7 +99,7 @@ class Mla(nnx.Module):
       )
       k = jnp.concatenate([k_c_BLHN, k_r_BLHR], axis=-1)
     with jax.named_scope("eq5"):
-      v_BLHV = self.gemm.dot(c_kv_BLC, self.w_uv[...])
+      v_BLHV = linear(self.gemm.dot, c_kv_BLC, self.w_uv)
     return k, v_BLHV
 
   def by_head(self) -> tuple[jax.Array, jax.Array]:
@@ -152,6 +154,13 @@ class Mla(nnx.Module):
     return attend(q, k, v_BLHV, self.w_o, segments_BL, self.model, self.gemm)
 
 
+def output_matrix(key: jax.Array, model: config.Model) -> Matrix:
+  """W_O of Eq. 11."""
+  a = model.attention
+  shape = (a.n_heads, a.v_dim, model.dim)
+  return matrix(key, "HV D", shape, model.init_std, role="attention_out")
+
+
 def attend(
   q, k, v_BLHV, w_o, segments_BL, model, gemm, *, segments_BM=None, start=None
 ) -> jax.Array:
@@ -180,4 +189,4 @@ def project_out(o_BLHV, w_o, model, gemm) -> jax.Array:
   """The heads' outputs, side by side, through W_O (Eq. 11)."""
   with jax.named_scope("eq11"):
     o_BLI = o_BLHV.reshape(*o_BLHV.shape[:2], -1)
-    return gemm.dot(o_BLI, w_o[...].reshape(-1, model.dim))
+    return linear(gemm.dot, o_BLI, w_o)

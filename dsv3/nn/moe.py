@@ -5,10 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from dsv3 import config
-from dsv3.nn.layers import Ffn, swiglu, weight
+from dsv3.nn.layers import Ffn, linear, matrix, weight
 from dsv3.ops import balance, dispatch, routing
 from dsv3.ops.gemm import Gemm
 
@@ -69,8 +68,11 @@ class Experts(nnx.Module):
   def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):
     key_in, key_out = jax.random.split(key)
     n, d, f = model.moe.n_routed, model.dim, model.moe.hidden
-    self.w_gate_up = weight(key_in, (n, d, 2, f), model.init_std)
-    self.w_down = weight(key_out, (n, f, d), model.init_std)
+    std = model.init_std
+    self.w_gate_up = matrix(
+      key_in, "E D 2 F", (n, d, 2, f), std, role="expert_in"
+    )
+    self.w_down = matrix(key_out, "E F D", (n, f, d), std, role="expert_out")
     self.gemm = gemm
 
   def __call__(
@@ -82,11 +84,10 @@ class Experts(nnx.Module):
     it. The backward pass then needs no output of an expert, the widest
     activation of a layer; in bfloat16 the rounding differs.
     """
-    w_EDI = self.w_gate_up[...].reshape(*self.w_gate_up.shape[:2], -1)
-    gate_up_AI = self.gemm.grouped_dot(x_AD, w_EDI, load_E)
-    gate_up_AI = checkpoint_name(gate_up_AI, "ffn_gate_up")
-    hidden_AF = swiglu(gate_up_AI.reshape(len(x_AD), 2, -1), gate_A)
-    return self.gemm.grouped_dot(hidden_AF, self.w_down[...], load_E)
+    gemm = self.gemm
+    gate_up_A2F = linear(gemm.grouped_dot, x_AD, self.w_gate_up, load_E)
+    inputs = gate_up_A2F, gate_A
+    return linear(gemm.grouped_swiglu_dot, inputs, self.w_down, load_E)
 
 
 class Moe(nnx.Module):

@@ -12,7 +12,9 @@ from dsv3.nn import moe
 from dsv3.nn.block import Block, run_stack, stack
 from dsv3.nn.layers import RmsNorm, weight
 from dsv3.nn.mtp import MtpModule
-from dsv3.ops.gemm import Gemm, plain
+from dsv3.ops import gemm as gemms
+from dsv3.ops import recipes
+from dsv3.ops.gemm import Gemm
 
 
 class Output(NamedTuple):
@@ -114,7 +116,14 @@ class Transformer(nnx.Module):
 
 def make_model(model: config.Model, key: jax.Array) -> Transformer:
   """A Transformer with weights drawn from `key`."""
-  return Transformer(model, gemm=plain(model.dtype, model.moe.kernel), key=key)
+  return Transformer(model, gemm=gemm_of(model), key=key)
+
+
+def gemm_of(model: config.Model) -> Gemm:
+  """The products of every Linear, by `model.precision`."""
+  p = model.precision
+  recipe = recipes.recipe(p.recipe, p.changes)
+  return gemms.make(recipe, model.dtype, model.moe.kernel)
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

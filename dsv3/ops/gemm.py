@@ -1,8 +1,8 @@
 """How a Linear multiplies: one value, handed to the model.
 
-The model knows two products, `dot` and `grouped_dot`. What they do (types,
-kernels, quantisation) is decided here, so that an ablation of precision swaps
-a value and touches no module.
+The model knows `dot` and `grouped_dot`, and both behind a SwiGLU. What they do
+(types, kernels, quantisation) is decided here, so that an ablation of precision
+swaps a value and touches no module.
 """
 
 import dataclasses
@@ -11,35 +11,154 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from dsv3.ops import grouped
+from dsv3.ops import grouped, report
+from dsv3.ops.linear import Passes, Weight, activation, linear, record_amax
+from dsv3.ops.limited import LimitedProducts
+from dsv3.ops.products import Products
+from dsv3.ops.recipes import Recipe
+from dsv3.ops.swiglu import swiglu
+
+# What a Linear is to a recipe; "" has no rule of its own.
+ROLES = ("", "attention_out", "expert_in", "expert_out")
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemm:
-  """The matrix products of every Linear.
+  """The matrix products of every Linear; all return `dtype`.
 
-  `dot(x, w)` contracts the last dim of x with the first of w, whatever other
-  dims they have. `grouped_dot(x_AI, w_EIO, load_E)` multiplies the rows of each
-  expert with its matrix. Both return `dtype`.
+  dot(x, w, role): x[..., I] by a weight [I, P, O] of P panels: [..., P, O].
+  grouped_dot(x_AI, w_EIPO, load_E, role): rows of each expert by its matrix.
+  swiglu_dot(gate_up, w, role), grouped_swiglu_dot((gate_up_A2F, gate_A), w,
+  load_E, role): the same of SwiGLU's output, of which the inputs are kept; rows
+  of experts times their gates.
+
+  A weight is an array or a `Weight`. `recipe` is None where nothing is quantised.
   """
 
   dtype: str
-  dot: Callable[[jax.Array, jax.Array], jax.Array]
-  grouped_dot: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+  dot: Callable[..., jax.Array]
+  grouped_dot: Callable[..., jax.Array]
+  swiglu_dot: Callable[..., jax.Array]
+  grouped_swiglu_dot: Callable[..., jax.Array]
+  recipe: Recipe | None = None
+
+
+def make(recipe: Recipe, dtype: str, kernel: str = "auto") -> Gemm:
+  """The Gemm of a recipe; `kernel` is that of `grouped.grouped_matmul`."""
+  if not recipe.quantises:
+    return plain(dtype, kernel)
+  return fp8(recipe, dtype, kernel)
 
 
 def plain(dtype: str, kernel: str = "auto") -> Gemm:
   """Operands in `dtype`, sums in float32 (Sec. 3.3.1 without FP8).
 
-  `kernel` is that of `grouped.grouped_matmul`. float32 means it: TPUs and GPUs
-  would shorten float32 operands unless told "highest".
+  float32 means it: TPUs and GPUs would shorten float32 operands unless told
+  "highest".
   """
+
+  def dot(x, w, role=""):
+    return _dot(x, _array(w), dtype)
+
+  def grouped_dot(x_AI, w_EIPO, load_E, role=""):
+    return _grouped_dot(x_AI, _array(w_EIPO), load_E, dtype, kernel)
+
+  def swiglu_dot(gate_up, w, role=""):
+    return dot(swiglu(checkpoint_name(gate_up, "ffn_gate_up")), w)
+
+  def grouped_swiglu_dot(inputs, w_EIPO, load_E, role=""):
+    gate_up_A2F, gate_A = inputs
+    gate_up_A2F = checkpoint_name(gate_up_A2F, "ffn_gate_up")
+    return grouped_dot(swiglu(gate_up_A2F, gate_A), w_EIPO, load_E)
+
+  return Gemm(dtype, dot, grouped_dot, swiglu_dot, grouped_swiglu_dot)
+
+
+def fp8(recipe: Recipe, dtype: str, kernel: str = "auto") -> Gemm:
+  """Operands quantised as the recipe says (Sec. 3.3); results in `dtype`."""
+  high = plain(dtype, kernel)
+
+  def under(role, inputs, w, load_E, exact, *, swiglu=False):
+    weight = w if isinstance(w, Weight) else Weight(w)
+    passes = passes_of(recipe, role, dtype, kernel, swiglu=swiglu)
+    low = lambda: _observed(passes, inputs, weight, load_E)
+    if weight.high is None:
+      return low()
+    return jax.lax.cond(weight.high, lambda: exact(weight), low)
+
+  def dot(x, w, role=""):
+    rows = x.reshape(-1, x.shape[-1])
+    exact = lambda w: high.dot(rows, w)
+    y_MPO = under(role, (rows,), w, None, exact)
+    return y_MPO.reshape(*x.shape[:-1], *y_MPO.shape[1:])
+
+  def grouped_dot(x_AI, w, load_E, role=""):
+    exact = lambda w: high.grouped_dot(x_AI, w, load_E)
+    return under(role, (x_AI,), w, load_E, exact)
+
+  def swiglu_dot(gate_up, w, role=""):
+    rows = gate_up.reshape(-1, *gate_up.shape[-2:])
+    exact = lambda w: high.swiglu_dot(rows, w)
+    y_MPO = under(role, (rows, None), w, None, exact, swiglu=True)
+    return y_MPO.reshape(*gate_up.shape[:-2], *y_MPO.shape[1:])
+
+  def grouped_swiglu_dot(inputs, w, load_E, role=""):
+    exact = lambda w: high.grouped_swiglu_dot(inputs, w, load_E)
+    return under(role, inputs, w, load_E, exact, swiglu=True)
+
   return Gemm(
-    dtype,
-    lambda x, w: _dot(x, w, dtype),
-    functools.partial(_grouped_dot, dtype=dtype, kernel=kernel),
+    dtype, dot, grouped_dot, swiglu_dot, grouped_swiglu_dot, recipe
   )
+
+
+def passes_of(
+  recipe: Recipe, role: str, dtype: str, kernel: str, *, swiglu: bool
+) -> Passes:
+  """What a Linear does under a recipe in one of ROLES."""
+  assert role in ROLES, role
+  r = recipe
+  fprop_x, kept, dgrad_g = r.fprop_x, r.kept_x, r.dgrad_g
+  if role == "attention_out":
+    fprop_x, kept = r.attention_x, r.attention_kept
+  elif role == "expert_in":
+    fprop_x = r.dispatch_x
+    kept = kept and r.dispatch_x
+  elif role == "expert_out":
+    dgrad_g = r.dispatch_g
+  products = Products(kernel)
+  if r.accumulation != "float32":
+    products = LimitedProducts(kernel, promoted=r.accumulation == "promoted")
+  return Passes(
+    fprop_x=fprop_x,
+    fprop_w=r.fprop_w,
+    dgrad_g=dgrad_g,
+    dgrad_w=r.dgrad_w,
+    wgrad_x=r.wgrad_x,
+    wgrad_g=r.wgrad_g,
+    kept=r.swiglu_kept if swiglu else kept,
+    stochastic=r.rounding == "stochastic",
+    products=products,
+    dtype=dtype,
+    swiglu=swiglu,
+  )
+
+
+def _observed(passes, inputs, weight: Weight, load_E):
+  """`linear`, and what is to be learned of it on the way."""
+  alone = dataclasses.replace(weight, amax=None, report=None, high=None)
+  y_MPO = linear(passes, inputs, alone, load_E)
+  if weight.amax is not None:
+    x_MI = activation(passes, inputs)
+    y_MPO = record_amax(y_MPO, x_MI, weight.master, weight.amax)
+  if weight.report is not None:
+    y_MPO = report.watch(passes, y_MPO, inputs, alone, weight.report, load_E)
+  return y_MPO
+
+
+def _array(w):
+  return w.master if isinstance(w, Weight) else w
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -73,9 +192,10 @@ def _product(a, b, dtype, dims_a, dims_b) -> jax.Array:
   )
 
 
-def _grouped_dot(x_AI, w_EIO, load_E, *, dtype: str, kernel: str) -> jax.Array:
+def _grouped_dot(x_AI, w_EIPO, load_E, dtype: str, kernel: str) -> jax.Array:
   # The weights go in as they are: cast inside, their gradient stays float32.
+  w_EIO = w_EIPO.reshape(*w_EIPO.shape[:2], -1)
   y_AO = grouped.grouped_matmul(
     x_AI.astype(dtype), w_EIO, load_E, kernel=kernel
   )
-  return y_AO.astype(dtype)
+  return y_AO.reshape(-1, *w_EIPO.shape[2:]).astype(dtype)

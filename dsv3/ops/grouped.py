@@ -75,6 +75,42 @@ def grouped_matmul(
   return y_AO.astype(out_dtype)
 
 
+def grouped_wgrad(
+  x_AI: jax.Array,
+  dy_AO: jax.Array,
+  load_E: jax.Array,
+  *,
+  kernel: str = "auto",
+) -> jax.Array:
+  """Every expert's own x' dy, [E, I, O] float32: the gradient of its matrix.
+
+  Arguments as of `grouped_matmul`, whose own gradient is this where the operands
+  are those of its forward pass.
+
+  >>> x_AI, dy_AO = jnp.array([[1.0], [2.0], [4.0]]), jnp.ones((3, 1))
+  >>> load_E = jnp.array([2, 0, 1], jnp.int32)
+  >>> grouped_wgrad(x_AI, dy_AO, load_E).ravel().tolist()
+  [3.0, 0.0, 4.0]
+  """
+  kernels = {
+    "dense": _dense_wgrad,
+    "tiles": _tiles_wgrad,
+    "ragged": functools.partial(_ragged_wgrad, lax.ragged_dot_general),
+    "tokamax": lambda *args: _ragged_wgrad(_tokamax_dot(), *args),
+  }
+  if kernel == "auto":
+    gpu = kernels["tokamax" if _on_gpu() is _tokamax else "ragged"]
+    return lax.platform_dependent(
+      x_AI,
+      dy_AO,
+      load_E,
+      cpu=_tiles_wgrad,
+      cuda=gpu,
+      default=kernels["ragged"],
+    )
+  return kernels[kernel](x_AI, dy_AO, load_E)
+
+
 @functools.cache
 def _on_gpu():
   """Every platform's kernel is traced, so only a GPU host asks for tokamax."""
@@ -134,9 +170,13 @@ def _dense_backward(saved, dy_AO):
   x_AI, w_EIO, load_E = saved
   dy_AO = dy_AO.astype(x_AI.dtype)
   dx_AI = _every_expert("AO,EIO->AEI", "AEI->AI", dy_AO, w_EIO, load_E)
-  dy_AEO = jnp.where(_mine(load_E, len(x_AI))[..., None], dy_AO[:, None], 0)
-  dw_EIO = _einsum("AI,AEO->EIO", x_AI, dy_AEO)
+  dw_EIO = _dense_wgrad(x_AI, dy_AO, load_E)
   return dx_AI.astype(x_AI.dtype), dw_EIO.astype(w_EIO.dtype), None
+
+
+def _dense_wgrad(x_AI, dy_AO, load_E):
+  dy_AEO = jnp.where(_mine(load_E, len(x_AI))[..., None], dy_AO[:, None], 0)
+  return _einsum("AI,AEO->EIO", x_AI, dy_AEO)
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
@@ -153,13 +193,17 @@ def _ragged(x_AI, w_EIO, load_E):
 
 
 def _tokamax(x_AI, w_EIO, load_E):
+  return _by_ragged_dot(x_AI, w_EIO, load_E, _tokamax_dot())
+
+
+def _tokamax_dot():
   try:
     import tokamax
   except ImportError as error:
     raise ImportError(
       "grouped_matmul: kernel 'tokamax' needs the package: pip install tokamax"
     ) from error
-  return _by_ragged_dot(x_AI, w_EIO, load_E, tokamax.ragged_dot_general)
+  return tokamax.ragged_dot_general
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -194,8 +238,12 @@ def _by_ragged_dot_backward(dot, saved, dy_AO):
   dy_AO = dy_AO.astype(x_AI.dtype)
   w_in = w_EIO.astype(x_AI.dtype)
   dx_AI = _inside(_ragged_dot(dot, dy_AO, w_in, load_E, _DGRAD), load_E)
-  dw_EIO = _ragged_dot(dot, x_AI, dy_AO, load_E, _WGRAD)
+  dw_EIO = _ragged_wgrad(dot, x_AI, dy_AO, load_E)
   return dx_AI.astype(x_AI.dtype), dw_EIO.astype(w_EIO.dtype), None
+
+
+def _ragged_wgrad(dot, x_AI, dy_AO, load_E):
+  return _ragged_dot(dot, x_AI, dy_AO, load_E, _WGRAD)
 
 
 _by_ragged_dot.defvjp(_by_ragged_dot_forward, _by_ragged_dot_backward)
@@ -333,3 +381,19 @@ def _tiles_backward(saved, dy_AO):
 
 
 _tiles.defvjp(_tiles_forward, _tiles_backward)
+
+
+def _tiles_wgrad(x_AI, dy_AO, load_E):
+  shape_IO = (x_AI.shape[1], dy_AO.shape[1])
+
+  def of_expert(_, expert):
+    def step(dw_IO, row, size, mine):
+      dy_tile = _read(dy_AO, row, size)
+      if mine is not None:
+        dy_tile = jnp.where(mine[:, None], dy_tile, 0)
+      return dw_IO + _dot(_read(x_AI, row, size), dy_tile, (0,), (0,))
+
+    zeros_IO = jnp.zeros(shape_IO, jnp.float32)
+    return None, _over_tiles(step, zeros_IO, *expert, len(x_AI))
+
+  return lax.scan(of_expert, None, (jnp.cumsum(load_E) - load_E, load_E))[1]

@@ -6,6 +6,7 @@ import optax
 from flax import nnx, struct
 
 from dsv3 import config
+from dsv3.nn.precision import Memory, first_memory
 from dsv3.nn.transformer import make_model, split
 
 
@@ -18,6 +19,7 @@ class TrainState:
   opt_state: optax.OptState
   router: nnx.State  # one bias row per router, the MTP module's included
   ema: nnx.State | None  # of params, or None
+  precision: Memory  # of an FP8 recipe; without arrays where it has none
   skipped: jax.Array  # int32, updates left out in a row
   skipped_total: jax.Array  # int32, updates left out in the whole run
 
@@ -48,6 +50,7 @@ def of_weights(
     opt_state=optimizer.init(params),
     router=router,
     ema=jax.tree.map(jnp.copy, params) if on_device else None,
+    precision=first_memory(params, values.model),
     skipped=jnp.int32(0),
     skipped_total=jnp.int32(0),
   )

@@ -4,7 +4,7 @@ Pure: arrays in, arrays out. The caller jits it, with shardings if it has any.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from dsv3 import config
+from dsv3.nn import precision
 from dsv3.ops import balance, losses
 from dsv3.ops.cross_entropy import cross_entropy
 from dsv3.train import metrics
@@ -78,42 +79,82 @@ def count_choices(params, router, batch, *, graphdef) -> jax.Array:
   return out.traffic.count.sum(1)
 
 
+class Largest(NamedTuple):
+  """Of microbatches, what does not add up: the largest counts. Not negative."""
+
+  tree: Any
+
+
 def add_up(function, batch: Batch, microbatches: int):
-  """Sum of `function(part)` over the microbatches of a batch."""
+  """Sum of `function(part, number)` over the microbatches of a batch.
+
+  In place of the sum a `Largest` in what it returns has the largest.
+  """
   if microbatches == 1:
-    return function(batch)
+    return function(batch, jnp.int32(0))
   parts_G = jax.tree.map(
     lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch
   )
-  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts_G))
+  number_G = jnp.arange(microbatches)
+  first = jax.tree.map(lambda x: x[0], (parts_G, number_G))
+  shapes = jax.eval_shape(function, *first)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  is_largest = lambda x: isinstance(x, Largest)
+
+  def join(total, new):
+    how = jnp.maximum if is_largest(total) else jnp.add
+    return jax.tree.map(how, total, new)
 
   def add(total, part):
-    return jax.tree.map(jnp.add, total, function(part)), None
+    new = function(*part)
+    return jax.tree.map(join, total, new, is_leaf=is_largest), None
 
-  return jax.lax.scan(add, zeros, parts_G)[0]
+  return jax.lax.scan(add, zeros, (parts_G, number_G))[0]
 
 
 def accumulate(
   state: TrainState, batch: Batch, hyper: Hyper, *, graphdef, values
 ):
-  """Loss, its sums and its gradients over the whole global batch, in float32."""
+  """Loss, its sums and its gradients over the whole global batch, in float32.
+
+  Last comes what a recipe is to remember of the step. Weights are quantised
+  here, once a step, and not in each microbatch (Sec. 3.3).
+  """
   count = losses.counts(batch.labels_BPL, batch.segments_BL)
   total_XE, microbatches = None, values.train.microbatches
+  prepared = precision.prepare(state.params, values.model, state.precision)
   if microbatches > 1 and "batch" in values.model.moe.balancing:
-    counted = lambda part: count_choices(
-      state.params, state.router, part, graphdef=graphdef
+    weights = precision.attach(state.params, prepared)
+    counted = lambda part, _: count_choices(
+      weights, state.router, part, graphdef=graphdef
     )
     total_XE = add_up(counted, batch, microbatches)
-  grad = jax.value_and_grad(
-    functools.partial(loss_fn, graphdef=graphdef, values=values), has_aux=True
-  )
 
-  def of_part(part):
-    return grad(state.params, state.router, part, count, total_XE, hyper)
+  def of_weights(params, amax, part, number):
+    key = jax.random.fold_in(jax.random.key(values.train.seed), state.step)
+    key = jax.random.fold_in(key, number)
+    seeds = precision.seeds(state.params, values.model, key)
+    weights = precision.attach(params, prepared, amax=amax, seed=seeds)
+    return loss_fn(
+      weights,
+      state.router,
+      part,
+      count,
+      total_XE,
+      hyper,
+      graphdef=graphdef,
+      values=values,
+    )
 
-  (loss, sums), grads = add_up(of_part, batch, microbatches)
-  return loss, sums, count, grads
+  grad = jax.value_and_grad(of_weights, argnums=(0, 1), has_aux=True)
+  zeros = precision.amax_zeros(state.params, values.model)
+
+  def of_part(part, number):
+    found, (grads, amax) = grad(state.params, zeros, part, number)
+    return found, grads, Largest(amax)
+
+  (loss, sums), grads, amax = add_up(of_part, batch, microbatches)
+  return loss, sums, count, grads, amax.tree
 
 
 def update_router(router: nnx.State, load_XE: jax.Array, speed) -> nnx.State:
@@ -150,22 +191,25 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """The next state, and what to log of the step.
 
-  A loss or gradient that is not finite leaves weights, moments and biases as
-  they were; the step still counts, so the data goes on.
+  A loss or gradient that is not finite leaves weights, moments, biases and
+  scales as they were; the step still counts, so the data goes on.
   """
   hyper = schedule(state.step)
-  loss, sums, count, grads = accumulate(
+  loss, sums, count, grads, amax = accumulate(
     state, batch, hyper, graphdef=graphdef, values=values
   )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = jax.tree.map(lambda p, u: p - hyper.lr * u, state.params, updates)
   router = update_router(state.router, sums.load_XE, hyper.bias_speed)
+  memory = precision.remember(state.precision, amax)
 
   grad_norm = optax.tree.norm(grads)
   ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-  old = (state.params, state.opt_state, state.router)
-  params, opt_state, router = jax.tree.map(
-    lambda new, old: jnp.where(ok, new, old), (params, opt_state, router), old
+  old = (state.params, state.opt_state, state.router, state.precision)
+  params, opt_state, router, memory = jax.tree.map(
+    lambda new, old: jnp.where(ok, new, old),
+    (params, opt_state, router, memory),
+    old,
   )
   ema = state.ema
   if ema is not None:
@@ -176,6 +220,7 @@ def train_step(
     opt_state=opt_state,
     router=router,
     ema=ema,
+    precision=memory,
     skipped=jnp.where(ok, 0, state.skipped + 1),
     skipped_total=state.skipped_total + ~ok,
   )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3.nn.layers import swiglu
+from dsv3.ops.swiglu import swiglu
 
 
 def plain(gate_up, weight=None):

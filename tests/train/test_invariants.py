@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3.nn import precision
 from dsv3.ops import losses
 from dsv3.train import step
 from dsv3.train.schedule import Hyper
@@ -70,14 +71,19 @@ def compiled(items):
   @jax.jit
   def run(state, batch, weight):
     hyper = Hyper(0.0, weight.mtp, weight.balance, weight.z, 0.001, 0.0)
-    loss, sums, count, grads = step.accumulate(
+    loss, sums, count, grads, _ = step.accumulate(
       state, batch, hyper, graphdef=graphdef, values=values
     )
     moved = step.update_router(state.router, sums.load_XE, 0.001)
     means = losses.means(sums.terms, count)
     return loss, means, sums.load_XE, moved, grads
 
-  state = step.TrainState(*[None] * 7).replace(params=params, router=router)
+  state = step.TrainState(*[None] * 8).replace(
+    step=jnp.int32(0),
+    params=params,
+    router=router,
+    precision=precision.first_memory(params, values.model),
+  )
   return values, state, run
 
 
