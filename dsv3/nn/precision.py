@@ -19,7 +19,7 @@ from flax import nnx
 from dsv3 import config
 from dsv3.nn.layers import Matrix, canonical
 from dsv3.nn.transformer import gemm_of
-from dsv3.ops import report
+from dsv3.ops import fp8, report
 from dsv3.ops.gemm import passes_of
 from dsv3.ops.linear import Weight, weight_copies
 from dsv3.ops.recipes import Recipe
@@ -173,6 +173,17 @@ def seeds(params: nnx.State, model: config.Model, key: jax.Array) -> Named:
     )
     for i, (name, w) in enumerate(linears(params).items())
   }
+
+
+def loss_scale(model: config.Model, n_tokens: jax.Array) -> jax.Array | float:
+  """What a loss is multiplied by before its gradient is taken; 1 without FP8.
+
+  The least power of two that is not under the tokens of the global batch, so
+  that nothing is rounded. The report is silent.
+  """
+  if recipe_of(model) is None:
+    return 1.0
+  return fp8.ceil_power2(jnp.maximum(n_tokens, 1).astype(jnp.float32))
 
 
 def remember(memory: Memory, amax: Named) -> Memory:

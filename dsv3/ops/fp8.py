@@ -164,7 +164,7 @@ def scale_of(amax: jax.Array, how: Operand) -> jax.Array:
   if how.scale == "e8m0":
     return _floor_power2(amax) * 2.0 ** -math.floor(math.log2(kind.largest))
   scale = amax * np.float32(1 / kind.largest)
-  return _ceil_power2(scale) if how.scale == "power2" else scale
+  return ceil_power2(scale) if how.scale == "power2" else scale
 
 
 _EXPONENT, _MANTISSA = np.int32(0x7F800000), np.int32(0x007FFFFF)
@@ -175,7 +175,12 @@ def _floor_power2(x):
   return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _ceil_power2(x):
+def ceil_power2(x: jax.Array) -> jax.Array:
+  """The least power of two that is not under x, a normal float32 over 0.
+
+  >>> ceil_power2(jnp.array([1.0, 1.1, 0.25])).tolist()
+  [1.0, 2.0, 0.25]
+  """
   bits = lax.bitcast_convert_type(x, jnp.int32) + _MANTISSA
   return lax.bitcast_convert_type(bits & _EXPONENT, jnp.float32)
 

@@ -171,26 +171,34 @@ class Operands(NamedTuple):
       return self._quantise(x, how, X), *inputs[1:]
     if self.passes.swiglu:
       return inputs
-    return (self._along_rows(x, self.passes.wgrad_x, X, load_E),)
+    x = self.lay_out(x, load_E)
+    return (self._along_rows(x, self.passes.wgrad_x, X),)
 
   def wgrad(self, kept, dy_MPO, load_E):
     """Operands of Wgrad, and the rows of each expert among them."""
-    p, x = self.passes, kept[0]
-    if p.swiglu:
-      x = swiglu(high(x), *kept[1:])
-    if p.swiglu or (p.kept is not None and p.kept != p.wgrad_x):
-      x = self._along_rows(x, p.wgrad_x, X, load_E)
-    g = self._along_rows(dy_MPO, p.wgrad_g, G, load_E, last=True)
+    x, g = self.wgrad_sources(kept, dy_MPO, load_E)
     if load_E is not None and self._in_blocks:
       load_E = aligned.align(load_E, len(dy_MPO)).load_E
-    return x, g, load_E
+    x = self._along_rows(x, self.passes.wgrad_x, X)
+    return x, self._along_rows(g, self.passes.wgrad_g, G), load_E
 
-  def _along_rows(self, x, how, place, load_E, last=False) -> Matrix:
+  def wgrad_sources(self, kept, dy_MPO, load_E):
+    """What the operands of Wgrad are made of, laid out as they are."""
+    p, x = self.passes, kept[0]
+    g = self.lay_out(dy_MPO, load_E)
+    if p.swiglu:
+      x = swiglu(high(x), *kept[1:])
+    elif isinstance(x, Quantised) and p.kept in (None, p.wgrad_x):
+      return x, g  # it is the operand
+    return self.lay_out(high(x), load_E), g
+
+  def _along_rows(self, x, how, place) -> Matrix:
     """Tiles go along the rows, of one expert each."""
-    x = self.lay_out(high(x), load_E)
+    if isinstance(x, Quantised):
+      return x
     if how is None:
       return x.astype(self.passes.dtype)
-    return self._quantise(x, how, place, last)
+    return self._quantise(x, how, place, last=True)
 
   def lay_out(self, x, load_E) -> jax.Array:
     """Rows as Wgrad has them: in blocks of one expert where tiles need it."""

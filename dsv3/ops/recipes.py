@@ -171,15 +171,19 @@ def _read(field: str, value: str, where: str):
 
 
 def _check(found: Recipe) -> None:
-  if found.scaling != "delayed":
-    return
-  for field in dataclasses.fields(found):
-    how = getattr(found, field.name)
-    if isinstance(how, Operand) and any(how.tile):
-      raise ValueError(
-        f"precision.changes: scaling=delayed with {field.name}={how}: wanted "
-        "tiles of *x*, for the history holds one amax a tensor"
-      )
+  reasons = {
+    ("scaling", "delayed"): "for the history holds one amax a tensor",
+    ("accumulation", "hopper"): "for no scale can join a sum that never moves",
+  }
+  for (field, value), reason in reasons.items():
+    if getattr(found, field) != value:
+      continue
+    for name, how in vars(found).items():
+      if isinstance(how, Operand) and any(how.tile):
+        raise ValueError(
+          f"precision.changes: {field}={value} with {name}={how}: wanted tiles "
+          f"of *x*, {reason}"
+        )
 
 
 def _nearest(name: str, known) -> str:

@@ -49,6 +49,7 @@ def _backward(passes, saved, dy_MPO):
   g_low = operands.rows(dy_MPO, passes.dgrad_g, G, load_E)
   kept = operands.keep(inputs, x_low, load_E)
   x_along, g_along, load_along = operands.wgrad(kept, dy_MPO, load_E)
+  x_source, g_source = operands.wgrad_sources(kept, dy_MPO, load_E)
 
   as_high = lambda a: a.astype(passes.dtype)
   x_high, w_high, g_high = map(as_high, (x, w, dy_MPO))
@@ -68,8 +69,8 @@ def _backward(passes, saved, dy_MPO):
     _row(
       low.wgrad(x_along, g_along, load_along),
       exact.wgrad(x_high, g_high, load_E),
-      _operand(operands.lay_out(x, load_E), x_along, p.wgrad_x)
-      + _operand(operands.lay_out(dy_MPO, load_E), g_along, p.wgrad_g),
+      _operand(x_source, x_along, p.wgrad_x)
+      + _operand(g_source, g_along, p.wgrad_g),
     ),
   ]
   return dy_MPO, None, None, jnp.stack(rows), None
@@ -88,6 +89,8 @@ def _operand(x, low, how: Operand | None) -> list[jax.Array]:
   """OF_OPERAND of x and what became of it; zeros where it stayed high."""
   if not isinstance(low, Quantised):
     return [jnp.float32(0)] * len(OF_OPERAND)
+  if isinstance(x, Quantised):  # kept as it is: what it lost, it lost before
+    x = x.dequantise()
   x = jnp.abs(x.astype(jnp.float32))
   ones = jnp.ones(low.values.shape, jnp.float32)
   limit = dataclasses.replace(low, values=ones).dequantise()

@@ -6,8 +6,9 @@ own, so that evaluation reads the parameters alone:
   params ema       nested dicts by name: moe/attention/w_uk; float32
   router           moe/ffn/router/bias; float32
   optimizer        1/first/..., 1/second/...: the moments; 1/count
+  precision        amax histories and guarded Linears of an FP8 recipe
   counters         step, skipped, skipped_total
-  meta             JSON: data position, seed, type of every array
+  meta             JSON: data position, seed, type and shape of every array
 
 Orbax writes to a folder of another name and renames it, so a killed save
 leaves no checkpoint rather than half of one.
@@ -29,6 +30,7 @@ from dsv3.train.state import TrainState
 
 Trees = dict[str, Any]  # name of an item -> pytree
 COUNTERS = ("step", "skipped", "skipped_total")
+OPTIONAL = ("precision",)  # left out where a checkpoint has it otherwise
 
 
 class CheckpointError(RuntimeError):
@@ -42,19 +44,24 @@ def trees_of(state: TrainState, host_ema: Any = None) -> Trees:
     "router": state.router,
     "optimizer": state.opt_state,
     "ema": state.ema if host_ema is None else host_ema,
+    "precision": state.precision,
     "counters": {name: getattr(state, name) for name in COUNTERS},
   }
   return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
 def state_of(trees: Mapping[str, Any], like: TrainState) -> TrainState:
-  """The TrainState in `trees`; what has no arrays comes from `like`."""
+  """The TrainState in `trees`; what has no arrays comes from `like`.
+
+  `precision` is None where the checkpoint has it not, or of another recipe.
+  """
   return TrainState(
     **{name: trees["counters"][name] for name in COUNTERS},
     params=trees["params"],
     opt_state=trees.get("optimizer", like.opt_state),
     router=trees.get("router", like.router),
     ema=None if like.ema is None else trees["ema"],
+    precision=trees.get("precision"),
   )
 
 
@@ -101,7 +108,7 @@ class Checkpoints:
   ) -> None:
     """Starts to save; returns once the arrays may be donated."""
     named = {item: _by_name(tree) for item, tree in trees.items()}
-    meta = {**meta, "dtypes": _dtypes(named)}
+    meta = {**meta, "dtypes": _dtypes(named), "shapes": _shapes(named)}
     items = {item: ocp.args.StandardSave(tree) for item, tree in named.items()}
     metrics = {"bits_per_byte": bits_per_byte} if bits_per_byte else None
     self._manager.save(
@@ -118,6 +125,11 @@ class Checkpoints:
     sharding a jax.Array, a NumPy array a NumPy array.
     """
     meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+    like = {
+      item: tree
+      for item, tree in like.items()
+      if item not in OPTIONAL or _is_there(item, tree, meta)
+    }
     named = {item: _by_name(tree) for item, tree in like.items()}
     _check_dtypes(named, meta["dtypes"], self.folder / str(step))
     wanted = {item: ocp.args.StandardRestore(t) for item, t in named.items()}
@@ -261,6 +273,24 @@ def _dtypes(named: Mapping[str, Any]) -> dict[str, str]:
   return {
     "/".join(_names(path)): str(leaf.dtype)
     for path, leaf in jax.tree_util.tree_leaves_with_path(named)
+  }
+
+
+def _shapes(named: Mapping[str, Any]) -> dict[str, list[int]]:
+  return {
+    "/".join(_names(path)): list(leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(named)
+  }
+
+
+def _is_there(item: str, tree: Any, meta: Mapping[str, Any]) -> bool:
+  """Has a checkpoint the arrays of an item, and no others?"""
+  wanted = _shapes({item: _by_name(tree)})
+  stored = meta.get("shapes", {})
+  return wanted == {
+    name: shape
+    for name, shape in stored.items()
+    if name.startswith(f"{item}/")
   }
 
 

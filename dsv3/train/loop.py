@@ -22,6 +22,7 @@ from dsv3.data.batches import Batches
 from dsv3.data.prefetch import prefetch
 from dsv3.eval import bpb
 from dsv3.hf import imported
+from dsv3.nn.precision import first_memory
 from dsv3.plan import count
 from dsv3.train import feed, identity, optimizer, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
@@ -31,6 +32,7 @@ from dsv3.train.interrupt import Interrupts
 from dsv3.train.logs import MetricsLog, Progress
 from dsv3.train.restore import start_from
 from dsv3.train.step import train_step
+from dsv3.train.watch import Watch
 
 
 class RunFailed(RuntimeError):
@@ -138,6 +140,7 @@ class _Trainer:
       ),
       donate_argnums=0,
     )
+    self.watch = Watch(self.graphdef, self.values, self.schedule, self.workdir)
     on_host = train_values.ema_decay > 0 and train_values.ema_place == "host"
     trees = trees_of(like, like.params if on_host else None)
     wanted = abstract(trees, on_host=("ema",) if on_host else ())
@@ -149,6 +152,7 @@ class _Trainer:
     else:
       self.done, trees, meta = found
       self.state, average = state_of(trees, like), trees.get("ema")
+      self._remember(like)
       identity.check_tokenizer(meta, self.tokenizer)
       if change := identity.other_text(meta, self.data):
         print(f"{change}: from here on the run reads other text")
@@ -174,6 +178,14 @@ class _Trainer:
     else:
       return jax.jit(lambda: create()[1])()
     return state.of_weights(self.values, adam, *weights)
+
+  def _remember(self, like: state.TrainState) -> None:
+    """A recipe that was not the run's so far has nothing to remember yet."""
+    if self.state.precision is None:
+      memory = first_memory(self.state.params, self.values.model)
+      self.state = self.state.replace(precision=memory)
+      if jax.tree.leaves(like.precision):
+        print("precision: the recipe's scales and guarded Linears start anew")
 
   def _greet(self, changed: dict[str, tuple[Any, Any]]) -> None:
     for key, (old, new) in changed.items():
@@ -225,6 +237,8 @@ class _Trainer:
         self.done += 1
         if waiting:
           self._settle(*waiting, clock)
+        if self.watch.is_due(self.done):
+          self._watch(batch)
         waiting = (self.done, metrics, batch.labels_BPL)
         if self.host_ema:
           self.host_ema.update(self.state.params)
@@ -251,6 +265,11 @@ class _Trainer:
       score,
       self.max_vio,
     )
+
+  def _watch(self, batch) -> None:
+    found = self.watch.look(self.done, self.state, batch, self.progress.tell)
+    self.state, metrics = found
+    self.log.write(self.done, metrics)
 
   def _is_due(self, key: str) -> bool:
     every = getattr(self.values.train, key)

@@ -39,6 +39,9 @@ MAY_CHANGE = {
   "train.checkpoint_every": "what is written down, not what is computed",
   "train.checkpoints_kept": "what is written down, not what is computed",
   "data.cache": "where the same tokens lie",
+} | {
+  f"model.precision.{field.name}": "how Linears are quantised from here on"
+  for field in dataclasses.fields(config.Precision)
 }
 _PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy tokenizers".split()
 

@@ -112,6 +112,43 @@ def add_up(function, batch: Batch, microbatches: int):
   return jax.lax.scan(add, zeros, (parts_G, number_G))[0]
 
 
+def objective(
+  params,
+  extras,
+  state: TrainState,
+  prepared,
+  batch,
+  number,
+  count,
+  total_XE,
+  hyper,
+  *,
+  graphdef,
+  values,
+):
+  """`loss_fn` with what a recipe has beside the weights, times a power of two.
+
+  `extras` are inputs that are zero, for what comes out as their gradients. The
+  factor is about the number of tokens: gradients of a mean over millions of
+  them would lie below the least scale of FP8. Divide all by `loss_scale`.
+  """
+  key = jax.random.fold_in(jax.random.key(values.train.seed), state.step)
+  key = jax.random.fold_in(key, number)
+  seeds = precision.seeds(params, values.model, key)
+  weights = precision.attach(params, prepared, seed=seeds, **extras)
+  loss, sums = loss_fn(
+    weights,
+    state.router,
+    batch,
+    count,
+    total_XE,
+    hyper,
+    graphdef=graphdef,
+    values=values,
+  )
+  return loss * precision.loss_scale(values.model, count.tokens), sums
+
+
 def accumulate(
   state: TrainState, batch: Batch, hyper: Hyper, *, graphdef, values
 ):
@@ -129,31 +166,30 @@ def accumulate(
       weights, state.router, part, graphdef=graphdef
     )
     total_XE = add_up(counted, batch, microbatches)
+  grad = jax.value_and_grad(
+    functools.partial(objective, graphdef=graphdef, values=values),
+    argnums=(0, 1),
+    has_aux=True,
+  )
+  zeros = {"amax": precision.amax_zeros(state.params, values.model)}
 
-  def of_weights(params, amax, part, number):
-    key = jax.random.fold_in(jax.random.key(values.train.seed), state.step)
-    key = jax.random.fold_in(key, number)
-    seeds = precision.seeds(state.params, values.model, key)
-    weights = precision.attach(params, prepared, amax=amax, seed=seeds)
-    return loss_fn(
-      weights,
-      state.router,
+  def of_part(part, number):
+    (loss, sums), (grads, extras) = grad(
+      state.params,
+      zeros,
+      state,
+      prepared,
       part,
+      number,
       count,
       total_XE,
       hyper,
-      graphdef=graphdef,
-      values=values,
     )
+    return loss, sums, grads, Largest(extras["amax"])
 
-  grad = jax.value_and_grad(of_weights, argnums=(0, 1), has_aux=True)
-  zeros = precision.amax_zeros(state.params, values.model)
-
-  def of_part(part, number):
-    found, (grads, amax) = grad(state.params, zeros, part, number)
-    return found, grads, Largest(amax)
-
-  (loss, sums), grads, amax = add_up(of_part, batch, microbatches)
+  loss, sums, grads, amax = add_up(of_part, batch, microbatches)
+  scale = precision.loss_scale(values.model, count.tokens)
+  loss, grads = jax.tree.map(lambda x: x / scale, (loss, grads))
   return loss, sums, count, grads, amax.tree
 
 
