@@ -139,6 +139,32 @@ def _parser() -> argparse.ArgumentParser:
     "--runs", metavar="DIR", help="the run folders [runs/NAME]"
   )
 
+  compare = add(
+    "compare", "what the results of an experiment say, and how sure"
+  )
+  _add_experiment(compare)
+  compare.add_argument(
+    "--metric",
+    type=lambda text: text.split(","),
+    metavar="NAME,NAME",
+    help="of held-out text, or train/NAME, best/NAME [METRICS of sweep.py, or "
+    "loss]",
+  )
+  compare.add_argument(
+    "--baseline", metavar="ARM", help="[BASELINE of sweep.py, or the first]"
+  )
+  compare.add_argument(
+    "--match",
+    choices=("flops", "params", "tokens"),
+    help="only arms that cost the same get a verdict",
+  )
+  compare.add_argument(
+    "--relative", action="store_true", help="curves of the relative loss error"
+  )
+  compare.add_argument(
+    "--out", metavar="DIR", help="for pictures and page [the experiment]"
+  )
+
   data = add("data", "the documents and tokens that a step reads", config=True)
   data.add_argument(
     "--step", type=_count, required=True, metavar="N", help="the first is 1"

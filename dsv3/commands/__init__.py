@@ -13,5 +13,6 @@ COMMANDS = {
   "diff-paper": look.diff_paper,
   "params": look.params,
   "sweep": lab.sweep,
+  "compare": lab.compare,
   "tokenizer": look.train_tokenizer,
 }

@@ -6,7 +6,9 @@ import pathlib
 import jax
 
 from dsv3.config import ConfigError
-from dsv3.lab import experiment, local
+from dsv3.eval import heatmap
+from dsv3.lab import compare as comparing
+from dsv3.lab import experiment, local, page, plots, table
 from dsv3.lab.board import Board
 
 
@@ -26,7 +28,47 @@ def sweep(arguments: argparse.Namespace) -> int:
       asked, folder, board, jobs=arguments.jobs, retry=arguments.retry
     )
     launcher.run(waiting)
-  return _tell(asked, board, launcher.signum)
+  code = _tell(asked, board, launcher.signum)
+  if arguments.index is None and board.count("done") == len(runs):
+    found = [comparing.compare(asked, metric) for metric in asked.metrics]
+    _answer(asked, found, asked.folder, relative=False)
+  return code
+
+
+def compare(arguments: argparse.Namespace) -> None:
+  """Says which arms differ; writes pictures, page and the README's table."""
+  heatmap.figure_class()  # a missing package is told before the work
+  asked = _experiment(arguments)
+  found = [
+    comparing.compare(
+      asked, metric, baseline=arguments.baseline, match=arguments.match
+    )
+    for metric in arguments.metric or asked.metrics
+  ]
+  out = pathlib.Path(arguments.out or asked.folder)
+  _answer(asked, found, out, relative=arguments.relative)
+
+
+def _answer(asked, found, out: pathlib.Path, *, relative: bool) -> None:
+  """The tables, and the same as files."""
+  print(table.plain(found), end="\n\n")
+  _write(asked, found, out, relative=relative)
+  readme = asked.folder / "README.md"
+  if out == asked.folder and table.into_readme(readme, table.markdown(found)):
+    print(f"{readme}: its table is the one above")
+
+
+def _write(asked, found, out: pathlib.Path, *, relative: bool) -> None:
+  """Pictures and page."""
+  out.mkdir(parents=True, exist_ok=True)
+  lines, _ = comparing.of_arms(asked)
+  drawn = plots.draw_curves(found[0], lines, relative=relative)
+  written = plots.save(drawn, out / "curves")
+  written += plots.save(plots.draw_table(found[0]), out / "table")
+  written.append(out / "compare.html")
+  text = page.page(asked, found, lines, relative=relative)
+  written[-1].write_text(text)
+  print(f"{out}: {', '.join(path.name for path in written)}")
 
 
 def _experiment(arguments: argparse.Namespace) -> experiment.Experiment:

@@ -125,21 +125,21 @@ class Board:
     table.add_column("state", no_wrap=True)
     for name in ("step", "loss", "held-out", "MaxVio", "tokens/s", "left"):
       table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, overflow="ellipsis")
+    table.add_column("", no_wrap=True)
     rows = sorted(self.state, key=lambda run: _ORDER.index(self.state[run]))
+    failed = [run for run in rows if self.state[run] == "failed"]
     # What is waiting is cut first where the terminal is too low.
-    kept = rows[: max(self._console.height - 3, 1)]
-    for run in kept:
+    for run in rows[: max(self._console.height - 3 - len(failed), 1)]:
       state = self.state[run]
-      note = self._note[run] if state != "running" else ""
-      table.add_row(
-        str(run),
-        Text(state, _STYLE.get(state, "dim")),
-        *self._cells(run)[1:],
-        note,
-      )
+      note = self._note[run] if state not in ("running", "failed") else ""
+      styled = Text(state, _STYLE.get(state, "dim"))
+      table.add_row(str(run), styled, *self._cells(run)[1:], note)
     counts = [f"{self.count(s)} {s}" for s in _ORDER if self.count(s)]
-    return Group(table, Text(", ".join(counts), "dim"))
+    told = [f"{run}: {self._note[run]}" for run in failed]
+    errors = [
+      Text(text, "red", no_wrap=True, overflow="ellipsis") for text in told
+    ]
+    return Group(table, *errors, Text(", ".join(counts), "dim"))
 
   def _cells(self, run: Run) -> list[str]:
     found, steps = self._metrics[run], run.values.train.steps

@@ -1,7 +1,9 @@
 """An experiment: a folder with a question, its arms and its results.
 
 README.md        question, what the paper reports, method, table, verdict
-sweep.py         BASE, a config, and `runs()`, names and diffs of it
+sweep.py         BASE, a config, and `runs()`, names and diffs of it; as it
+                 likes BASELINE (an arm; the first), METRICS (those of `compare`;
+                 loss) and SEEDS (three)
 results.jsonl    a line a run, see `dsv3.lab.results`
 
 A run is known by what it computes: the seed, and where its config departs from
@@ -54,6 +56,8 @@ class Experiment:
   folder: pathlib.Path
   base: str  # a config's name or path
   runs: tuple[Run, ...]
+  baseline: str  # the arm that the others are compared with
+  metrics: tuple[str, ...]  # that they are compared in
 
   @property
   def name(self) -> str:
@@ -101,7 +105,11 @@ def load(
   make = functools.partial(_run, path, base, tuple(overrides))
   runs = tuple(make(name, diff) for name, diff in listed)
   _check_unique(path, runs)
-  return Experiment(folder, base, runs)
+  baseline = getattr(module, "BASELINE", runs[0].name)
+  if baseline not in {run.name for run in runs}:
+    raise ConfigError(f"{path}: BASELINE: found {baseline!r}, wanted an arm")
+  metrics = tuple(getattr(module, "METRICS", ["loss"]))
+  return Experiment(folder, base, runs, baseline, metrics)
 
 
 def _listed(found: Any, seeds: Sequence[int]) -> sweep.Sweep:
