@@ -19,6 +19,7 @@ setuptools.setup(
     "numpy>=2.4",
     "tokenizers>=0.23",
     "tensorboardX>=2.6.5",
+    "rich>=14.0",
     "tqdm>=4.70",
   ],
   extras_require={

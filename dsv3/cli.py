@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
   train.add_argument(
     "--print_config", action="store_true", help="print the config and stop"
   )
+  train.add_argument(
+    "--no_sample", action="store_true", help="no sample at the end"
+  )
 
   evaluate = add("eval", "bits per byte and expert balance on held-out text")
   _add_run(evaluate)
@@ -115,6 +118,53 @@ def _parser() -> argparse.ArgumentParser:
   needle.add_argument("--seed", type=_seed, default=0, help="[0]")
   needle.add_argument("--out", metavar="DIR", help="[needle in the run folder]")
 
+  sweep = add("sweep", "run the arms of an experiment that have no result yet")
+  _add_experiment(sweep)
+  sweep.add_argument(
+    "--list", action="store_true", help="the runs and their states, no more"
+  )
+  sweep.add_argument(
+    "--index",
+    type=_whole,
+    metavar="N",
+    help="only that run of --list, for array jobs",
+  )
+  sweep.add_argument(
+    "--jobs", type=_count, default=1, metavar="N", help="runs at once [1]"
+  )
+  sweep.add_argument(
+    "--retry", action="store_true", help="those that have failed too"
+  )
+  sweep.add_argument(
+    "--runs", metavar="DIR", help="the run folders [runs/NAME]"
+  )
+
+  compare = add(
+    "compare", "what the results of an experiment say, and how sure"
+  )
+  _add_experiment(compare)
+  compare.add_argument(
+    "--metric",
+    type=lambda text: text.split(","),
+    metavar="NAME,NAME",
+    help="of held-out text, or train/NAME, best/NAME [METRICS of sweep.py, or "
+    "loss]",
+  )
+  compare.add_argument(
+    "--baseline", metavar="ARM", help="[BASELINE of sweep.py, or the first]"
+  )
+  compare.add_argument(
+    "--match",
+    choices=("flops", "params", "tokens"),
+    help="only arms that cost the same get a verdict",
+  )
+  compare.add_argument(
+    "--relative", action="store_true", help="curves of the relative loss error"
+  )
+  compare.add_argument(
+    "--out", metavar="DIR", help="for pictures and page [the experiment]"
+  )
+
   data = add("data", "the documents and tokens that a step reads", config=True)
   data.add_argument(
     "--step", type=_count, required=True, metavar="N", help="the first is 1"
@@ -163,6 +213,20 @@ def _add_run(command: argparse.ArgumentParser) -> None:
   )
   command.add_argument(
     "--ema", action="store_true", help="use the moving average of the weights"
+  )
+
+
+def _add_experiment(command: argparse.ArgumentParser) -> None:
+  command.add_argument("folder", metavar="experiments/NAME")
+  command.add_argument(
+    "--seeds",
+    type=_count,
+    metavar="N",
+    help="of every arm [SEEDS of sweep.py, or 3]",
+  )
+  command.set_defaults(config=None)
+  command.epilog = (
+    "any key of the base that no arm sets:  --config.train.steps=100"
   )
 
 

@@ -33,7 +33,7 @@ def load(name: str, overrides: Iterable[str] = ()) -> ConfigDict:
 def base_of(name: str) -> str | None:
   """The path of the config that `name` is a diff of; None for a root."""
   path = _find(name, pathlib.Path.cwd())
-  base = getattr(_module(path), "BASE", None)
+  base = getattr(module_of(path), "BASE", None)
   return str(_find(base, path.parent)) if base else None
 
 
@@ -96,7 +96,8 @@ def _find(name: str, folder: pathlib.Path) -> pathlib.Path:
   )
 
 
-def _module(path: pathlib.Path):
+def module_of(path: pathlib.Path):
+  """The module in a file of names and diffs; ConfigError if it cannot run."""
   spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)
   try:
@@ -109,7 +110,7 @@ def _module(path: pathlib.Path):
 def _load(path: pathlib.Path, seen: tuple[pathlib.Path, ...]) -> ConfigDict:
   if path in seen:
     raise ConfigError(f"{path}: BASE leads back to itself")
-  module = _module(path)
+  module = module_of(path)
   if hasattr(module, "get_config"):
     try:
       return module.get_config().lock()

@@ -36,6 +36,8 @@ def train(arguments: argparse.Namespace) -> int:
     )
     return 128 + outcome.signum
   _summary(outcome, values)
+  if not arguments.no_sample:
+    _sample(outcome, values)
   print(f"""
 The run is in {workdir}. Next:
   {again} --config.train.steps={2 * outcome.steps} --config.train.max_minutes=0
@@ -63,6 +65,11 @@ def _summary(outcome: loop.Outcome, values: config.Config) -> None:
       f"MaxVio, last batch      {outcome.max_vio:.3f}\n"
       f"MaxVio, held-out text   {outcome.score.max_vio:.3f}"
     )
+
+
+def _sample(outcome: loop.Outcome, values: config.Config) -> None:
+  if outcome.score is None:
+    return
   if outcome.saved is None:
     print("no checkpoint: the last updates were left out, none is sampled")
     return

@@ -207,7 +207,10 @@ def _start(given: Given) -> dict[str, Any]:
 
 
 def commit() -> Mapping[str, Any]:
-  """The commit of dsv3's clone and whether files differ; empty without Git."""
+  """The commit of dsv3's clone and whether code differs; empty without Git.
+
+  Python files, configs among them: what a sweep writes beside them is no code.
+  """
   here = pathlib.Path(__file__).parent
 
   def git(*words):
@@ -219,7 +222,7 @@ def commit() -> Mapping[str, Any]:
   try:
     return {
       "commit": git("rev-parse", "HEAD"),
-      "dirty": bool(git("status", "--porcelain")),
+      "dirty": bool(git("status", "--porcelain", "--", ":(top)*.py")),
     }
   except (OSError, subprocess.CalledProcessError):
     return {}

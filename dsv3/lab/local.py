@@ -1,0 +1,92 @@
+"""Runs of a sweep on this machine, so many at once."""
+
+import collections
+import contextlib
+import pathlib
+import signal
+import time
+from collections.abc import Iterator, Sequence
+
+from dsv3.lab import results
+from dsv3.lab.board import Board
+from dsv3.lab.experiment import Experiment, Run
+from dsv3.lab.process import Process, claim
+
+POLL_SECONDS = 0.2
+
+
+def left(
+  sweep: Experiment, runs: Sequence[Run], *, retry: bool
+) -> tuple[list[Run], dict[Run, str]]:
+  """Runs without a result, and what the results say of the others."""
+  lines = results.read(sweep.results)
+  known = {}
+  for run in runs:
+    line = lines.get(run.key)
+    if line and not (retry and line["error"]):
+      known[run] = line["error"] or "done"
+  return [run for run in runs if run not in known], known
+
+
+class Local:
+  """Trains runs, each in a process; one that fails does not stop the others."""
+
+  def __init__(
+    self,
+    sweep: Experiment,
+    folder: pathlib.Path,
+    board: Board,
+    *,
+    jobs: int = 1,
+    retry: bool = False,
+  ):
+    self.sweep, self.folder, self.board = sweep, folder, board
+    self.jobs, self.retry = jobs, retry
+    self.signum: int | None = None  # the first signal that came
+    self._asked = 0  # how often to stop
+    self._running: list[Process] = []
+
+  def run(self, runs: Sequence[Run]) -> None:
+    """Returns when all have ended, or those at work after a signal."""
+    waiting = collections.deque(runs)
+    with self._signals():
+      while self._running or (waiting and not self.signum):
+        while waiting and len(self._running) < self.jobs and not self.signum:
+          self._start(waiting.popleft())
+        for process in self._running:
+          process.ask_to_stop(self._asked)
+        for process in [p for p in self._running if p.is_over]:
+          self._running.remove(process)
+          self.board.ended(process.run, process.settle())
+        self.board.refresh()
+        time.sleep(POLL_SECONDS)
+
+  def _start(self, run: Run) -> None:
+    held = claim(run, self.folder)
+    if held is None:
+      self.board.elsewhere(run)
+      return
+    # It may have ended elsewhere since the results were read.
+    _, known = left(self.sweep, [run], retry=self.retry)
+    if known:
+      held.close()
+      self.board.known(run, known[run])
+      return
+    process = Process(self.sweep, run, self.folder, held, self.jobs)
+    self._running.append(process)
+    self.board.started(run, process.workdir)
+
+  @contextlib.contextmanager
+  def _signals(self) -> Iterator[None]:
+    """The first asks the runs to save and stop; a second Ctrl-C stops at once."""
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {s: signal.signal(s, self._catch) for s in names}
+    try:
+      yield
+    finally:
+      for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+  def _catch(self, signum: int, frame) -> None:
+    # No more here: a run may be about to start.
+    self.signum, self._asked = self.signum or signum, self._asked + 1

@@ -1,0 +1,202 @@
+"""The launcher: runs once each, resumed, recorded, whatever one of them does."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from dsv3 import cli, config, overlay
+from dsv3.lab import local, process
+from dsv3.lab.board import Board
+from dsv3.train import run as run_folder
+from tests import micro
+from tests.lab import trial
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(local, "POLL_SECONDS", 0.01)
+  return trial.write(tmp_path)
+
+
+def launch(place, **kwargs):
+  """Runs what has no result; returns the launcher and its board."""
+  asked = trial.load(place)
+  runs, known = local.left(asked, asked.runs, retry=kwargs.get("retry", False))
+  board = Board(asked.runs, known)
+  launcher = local.Local(asked, place.parents[1] / "runs", board, **kwargs)
+  launcher.run(runs)
+  return launcher, board
+
+
+def counts(place) -> dict[str, int]:
+  """How often each run folder was trained in."""
+  found = (place.parents[1] / "runs").glob("*/count")
+  return {path.parent.name: len(path.read_text()) for path in found}
+
+
+def test_each_run_is_trained_once_and_has_a_line(place, monkeypatch, capsys):
+  monkeypatch.setattr(process, "command", trial.command("train"))
+  _, board = launch(place, jobs=2)
+  assert board.count("done") == 4
+  wanted = {"a-s0": 1, "a-s1": 1, "b-s0": 1, "b-s1": 1}
+  assert counts(place) == wanted
+  line = next(
+    x for x in trial.lines(place) if (x["name"], x["seed"]) == ("b", 1)
+  )
+  assert line["diff"] == {"schedule.lr_peak": 0.002}
+  assert (line["error"], line["base"], line["starts"]) == (None, "base", 1)
+  assert (line["steps"], line["tokens"]) == (8, 1024)
+  assert line["commit"] == "c" * 40 and line["dirty"] is False
+  assert (line["final"]["loss"], line["best"]["loss"]) == (4.4, 4.5)
+  assert line["final"]["max_vio"] == 0.2
+  assert line["curve"]["step"] == list(range(1, 9)) and line["wall_seconds"] > 0
+  assert "held-out loss 4.4" in capsys.readouterr().out
+  _, board = launch(place)  # nothing is left
+  assert board.count("done") == 4 and counts(place) == wanted
+
+
+@pytest.mark.parametrize(
+  "behaviour, error",
+  [("fail", "no luck (exit 1)"), ("die", "killed by SIGKILL: out of memory?")],
+)
+def test_a_run_that_fails_is_recorded_and_stops_no_other(
+  place, monkeypatch, behaviour, error
+):
+  monkeypatch.setattr(process, "command", trial.command(behaviour))
+  _, board = launch(place)
+  assert (board.count("failed"), board.count("done")) == (2, 2)
+  found = {(x["name"], x["seed"]): x["error"] for x in trial.lines(place)}
+  assert found == {
+    ("a", 0): error,
+    ("a", 1): error,
+    ("b", 0): None,
+    ("b", 1): None,
+  }
+  _, board = launch(place)
+  assert board.count("failed") == 2 and counts(place)["a-s0"] == 1
+  monkeypatch.setattr(process, "command", trial.command("train"))
+  _, board = launch(place, retry=True)
+  assert board.count("done") == 4
+  assert counts(place) == {"a-s0": 2, "a-s1": 2, "b-s0": 1, "b-s1": 1}
+
+
+def test_a_run_that_another_sweep_has_is_left_to_it(place, monkeypatch):
+  monkeypatch.setattr(process, "command", trial.command("train"))
+  runs = trial.load(place).runs
+  held = process.claim(runs[0], place.parents[1] / "runs")
+  _, board = launch(place)
+  assert board.count("elsewhere") == 1 and board.count("done") == 3
+  assert "a-s0" not in counts(place)
+  held.close()
+  _, board = launch(place)
+  assert board.count("done") == 4
+
+
+def test_a_run_that_ended_elsewhere_meanwhile_is_not_run_again(
+  place, monkeypatch
+):
+  monkeypatch.setattr(process, "command", trial.command("train"))
+  asked = trial.load(place)
+  board = Board(asked.runs, {})
+  launch(place)  # another sweep, after this one has read the results
+  late = local.Local(asked, place.parents[1] / "runs", board)
+  late.run(asked.runs)
+  assert board.count("done") == 4
+  assert set(counts(place).values()) == {1} and len(trial.lines(place)) == 4
+
+
+def test_a_claim_outlives_a_launcher_whose_run_goes_on(place, monkeypatch):
+  """The process inherits it: a second sweep must not train beside it."""
+  monkeypatch.setattr(process, "command", trial.command("wait"))
+  asked, runs = trial.load(place), place.parents[1] / "runs"
+  run = asked.runs[0]
+  held = process.claim(run, runs)
+  orphan = process.Process(asked, run, runs, held, 1)
+  held.close()  # as when the launcher is killed
+  while not list(runs.glob("*/ready")):
+    time.sleep(0.01)
+  assert process.claim(run, runs) is None
+  orphan.ask_to_stop(1)
+  assert orphan.settle() is None
+  assert process.claim(run, runs) is not None
+
+
+def test_a_signal_stops_the_runs_and_records_none_of_them(place, monkeypatch):
+  monkeypatch.setattr(process, "command", trial.command("wait"))
+
+  def interrupt():
+    while not list((place.parents[1] / "runs").glob("*/ready")):
+      time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  threading.Thread(target=interrupt).start()
+  launcher, board = launch(place)
+  assert launcher.signum == signal.SIGINT
+  assert (board.count("stopped"), board.count("waiting")) == (1, 3)
+  assert not (place / "results.jsonl").exists()
+  monkeypatch.setattr(process, "command", trial.command("train"))
+  _, board = launch(place)
+  assert board.count("done") == 4
+  line = trial.lines(place)[0]
+  assert (line["name"], line["error"]) == ("a", None)
+
+
+def test_a_longer_run_takes_a_folder_of_its_own(place):
+  """It must not go on from the shorter one: its schedule is another."""
+  runs = place.parents[1] / "runs"
+  short = trial.load(place).runs[0]
+  folder = process.folder_of(short, runs)
+  assert folder == runs / "a-s0"
+  run_folder.record(folder, short.values, run_folder.Given())
+  assert process.folder_of(short, runs) == folder  # it goes on
+  long = trial.load(place, "train.steps=99").runs[0]
+  assert process.folder_of(long, runs) == runs / f"a-s0-{long.id}"
+  logged = trial.load(place, "train.log_every=3").runs[0]
+  assert process.folder_of(logged, runs) == folder
+
+
+def test_a_command_line_gives_the_very_config_of_the_run(place):
+  tuples = {"data.sources": ("a b.txt", "c.txt"), "data.weights": (1.0, 0.25)}
+  text = "BASE = 'base'\ndef runs(): yield 'c', " + repr(
+    tuples | {"train.seed": 3, "data.mask_documents": True, "data.cache": ""}
+  )
+  trial.write(place.parents[1], text)
+  asked = trial.load(place)
+  words = process.command(asked, asked.runs[0], place / "run")
+  assert words[1:4] == ["-m", "dsv3", "train"]
+  _, overrides = cli._split_overrides(words[3:])
+  values = config.build(overlay.load(asked.base, overrides))
+  assert values == asked.runs[0].values
+
+
+def test_sweep_trains_records_and_resumes_for_real(
+  tmp_path, monkeypatch, capsys
+):
+  """Through `dsv3 sweep` and `dsv3 train`: a run that was cut goes on."""
+  monkeypatch.chdir(tmp_path)
+  place = trial.write(tmp_path)
+  micro.write_config(place / "base.py", micro.write_corpus(tmp_path))
+  assert cli.main(["sweep", str(place), "--list"]) == 0
+  said = capsys.readouterr().out.splitlines()
+  assert said[3].split() == ["2", "b-s0", "to", "run", "schedule.lr_peak=0.002"]
+  assert cli.main(["sweep", str(place), "--index=2"]) == 0
+  line = trial.lines(place)[0]
+  assert (line["name"], line["seed"], line["error"]) == ("b", 0, None)
+  assert line["steps"] == 8 and line["tokens"] == 8 * 4 * 32
+  assert 2 < line["final"]["loss"] < 6 and line["final"]["max_vio"] >= 0
+  assert len(line["curve"]["loss/main"]) == 8
+  assert line["versions"]["jax"] and line["device"]["platform"] == "cpu"
+  assert line["flops"] > line["tokens"] * line["active_parameters"]
+  # As if the sweep had been killed after the run and before its line.
+  (place / "results.jsonl").unlink()
+  assert cli.main(["sweep", str(place), "--index=2"]) == 0
+  again = trial.lines(place)[0]
+  assert again["final"] == line["final"] and again["curve"] == line["curve"]
+  assert (again["starts"], again["wall_seconds"]) == (2, None)
+  assert "2: b-s0" not in capsys.readouterr().out
+  assert cli.main(["sweep", str(place), "--index=4"]) == 2
+  assert "wanted 0 to 3" in capsys.readouterr().err
