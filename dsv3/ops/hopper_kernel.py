@@ -92,7 +92,7 @@ def product(
   by_block = b_scale.shape == (len(b_NK) // BLOCK, a_MK.shape[1] // BLOCK)
   pipeline = functools.partial(_pipeline, tiling, by_block)
 
-  def kernel(*refs):
+  def fp8_product(*refs):
     *table_refs, a, a_scale, b, b_scale, y = refs
     operands = (a, a_scale, b) if by_block else (a, a_scale, b, b_scale)
 
@@ -113,7 +113,7 @@ def product(
     plgpu.wait_smem_to_gmem(0)
 
   launch = plgpu.kernel(
-    kernel,
+    fp8_product,
     out_type=out,
     grid=(min(_cores(), n_tiles),),
     grid_names=("core",),
@@ -200,9 +200,9 @@ def _step(at: Place, b_block_scale, index, a, a_scale, b, *rest):
     scale = a_scale
     if b_block_scale is not None:
       scale *= b_block_scale[at.b_row + i, at.first + index[0]]
+    by_column = [_load(x, (0, columns), layout.reduce(0)) for x in b_scale]
     partial = _multiply(a.at[rows], b.at[columns])
-    for b_scale_J in b_scale:
-      column_scale = _load(b_scale_J, (0, columns), layout.reduce(0))
+    for column_scale in by_column:
       partial *= lax.broadcast_in_dim(column_scale, partial.shape, [1])
     scale = lax.broadcast_in_dim(scale, partial.shape, [0])
     promoted.append(total + partial * scale)
