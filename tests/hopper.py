@@ -20,15 +20,15 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ["MOSAIC_GPU_DUMP_PTX"] = os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 
-import functools  # noqa: E402
-import json  # noqa: E402
+import functools
+import json
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import AbstractDevice, AbstractMesh  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from dsv3.ops import hopper  # noqa: E402
+from dsv3.ops import hopper
 
 # An H200 as its driver describes it to XLA.
 H200 = """
@@ -137,7 +137,9 @@ def main() -> None:
       start = time.perf_counter()
       found = report(functools.partial(function, **keywords), arguments)
       found["seconds"] = round(time.perf_counter() - start, 1)
-      print(json.dumps({"product": prefix + name, "jax": jax.__version__} | found))
+      print(
+        json.dumps({"product": prefix + name, "jax": jax.__version__} | found)
+      )
 
 
 if __name__ == "__main__":

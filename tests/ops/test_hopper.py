@@ -60,11 +60,11 @@ def grouped_case(load, K=256, N=256):
   return *a, fp8(rng, E, N, K), b_scale, jnp.asarray(load)
 
 
-def wgrad_case(load, I=256, O=128):
+def wgrad_case(load, n_in=256, n_out=128):
   rng = np.random.default_rng(sum(load))
-  a_AI, _, _, _, load_E = grouped_case(load, I, O)
-  b_OA = fp8(rng, O, A)
-  scale = scales(rng, A // BLOCK, I), scales(rng, A // BLOCK, O)
+  a_AI, _, _, _, load_E = grouped_case(load, n_in, n_out)
+  b_OA = fp8(rng, n_out, A)
+  scale = scales(rng, A // BLOCK, n_in), scales(rng, A // BLOCK, n_out)
   return a_AI.T, scale[0], b_OA, scale[1], load_E
 
 
