@@ -186,8 +186,8 @@ def _blocks(load_E):
 def _expert_of_block(load_E, n_blocks: int):
   """Of every block of rows; E for those past the last expert's."""
   end_E = jnp.cumsum(_blocks(load_E))
-  block = jnp.arange(n_blocks)
-  return jnp.searchsorted(end_E, block, side="right").astype(jnp.int32)
+  past_BE = jnp.arange(n_blocks)[:, None] >= end_E
+  return jnp.sum(past_BE, 1, dtype=jnp.int32)
 
 
 def _tiling(kernel, N: int, by_block: bool):
