@@ -92,8 +92,9 @@ def grouped_matmul(
   Args:
     a_AK: E4M3 rows, sorted by expert. Those of an expert begin at a multiple of
       128 (`first_block`); rows between its last and the next's first are zeros.
-      A is a multiple of 128 and bounds what the experts need.
-    a_scale_JA: of 1 x 128 values of a, finite in all rows.
+      A is a multiple of 128 and bounds what the experts need; rows past the
+      block of the last are not read.
+    a_scale_JA: of 1 x 128 values of a; finite where a is read.
     b_ENK: E4M3, a matrix an expert.
     b_scale_ENJ: of 128 x 128 values: [E, N / 128, K / 128].
     load_E: int32 rows of every expert.

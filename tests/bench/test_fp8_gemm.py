@@ -40,6 +40,7 @@ def test_every_pass_is_right_and_timed(monkeypatch, capsys):
   }
   for line in lines.values():
     assert line["error"] < 4e-3  # half of bfloat16's spacing
+    assert 0.03 < line["error_to_bf16"] < 0.04  # 3 bits behind the point, twice
     assert line["ms"].keys() >= {"fp8", "kernel"}
 
 
