@@ -36,6 +36,11 @@ setuptools.setup(
     ],
     "hf": ["torch==2.13.0", "transformers>=5.23"],
     "gpu": ["tokamax>=0.0.12"],
+    "hopper-compile": [  # kernels for a GPU that is not there; of JAX's version
+      "absl-py>=2.3",
+      "jax-cuda13-plugin>=0.10.2",
+      "jax-cuda13-pjrt>=0.10.2",
+    ],
   },
   entry_points={"console_scripts": ["dsv3 = dsv3.__main__:main"]},
 )
