@@ -22,6 +22,7 @@ from dsv3.nn.transformer import gemm_of
 from dsv3.ops import fp8, report
 from dsv3.ops.gemm import passes_of
 from dsv3.ops.linear import Weight, weight_copies
+from dsv3.ops.products import Products
 from dsv3.ops.recipes import Recipe
 
 Named = dict[str, Any]
@@ -96,7 +97,7 @@ def prepare(
   memory = memory or Memory({}, {})
   prepared = {}
   for name, w in linears(params).items():
-    passes = passes_of(recipe, w.role, model.dtype, "auto", swiglu=False)
+    passes = passes_of(recipe, w.role, model.dtype, Products(), swiglu=False)
     master = canonical(w.get_value(), w.dims)
     past = None
     if name in memory.history:

@@ -13,7 +13,7 @@ from dsv3.nn.block import Block, run_stack, stack
 from dsv3.nn.layers import RmsNorm, weight
 from dsv3.nn.mtp import MtpModule
 from dsv3.ops import gemm as gemms
-from dsv3.ops import recipes
+from dsv3.ops import hopper_products, recipes
 from dsv3.ops.gemm import Gemm
 
 
@@ -122,8 +122,11 @@ def make_model(model: config.Model, key: jax.Array) -> Transformer:
 def gemm_of(model: config.Model) -> Gemm:
   """The products of every Linear, by `model.precision`."""
   p = model.precision
-  recipe = recipes.recipe(p.recipe, p.changes)
-  return gemms.make(recipe, model.dtype, model.moe.kernel)
+  recipe, kernel = recipes.recipe(p.recipe, p.changes), model.moe.kernel
+  products = None
+  if recipe.quantises:
+    products = hopper_products.choose(kernel, p.kernel)
+  return gemms.make(recipe, model.dtype, kernel, products)
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

@@ -45,11 +45,16 @@ class Gemm:
   recipe: Recipe | None = None
 
 
-def make(recipe: Recipe, dtype: str, kernel: str = "auto") -> Gemm:
+def make(
+  recipe: Recipe,
+  dtype: str,
+  kernel: str = "auto",
+  products: Products | None = None,
+) -> Gemm:
   """The Gemm of a recipe; `kernel` is that of `grouped.grouped_matmul`."""
   if not recipe.quantises:
     return plain(dtype, kernel)
-  return fp8(recipe, dtype, kernel)
+  return fp8(recipe, dtype, kernel, products)
 
 
 def plain(dtype: str, kernel: str = "auto") -> Gemm:
@@ -76,13 +81,25 @@ def plain(dtype: str, kernel: str = "auto") -> Gemm:
   return Gemm(dtype, dot, grouped_dot, swiglu_dot, grouped_swiglu_dot)
 
 
-def fp8(recipe: Recipe, dtype: str, kernel: str = "auto") -> Gemm:
-  """Operands quantised as the recipe says (Sec. 3.3); results in `dtype`."""
+def fp8(
+  recipe: Recipe,
+  dtype: str,
+  kernel: str = "auto",
+  products: Products | None = None,
+) -> Gemm:
+  """Operands quantised as the recipe says (Sec. 3.3); results in `dtype`.
+
+  `products` multiply them; None is the reference.
+  """
   high = plain(dtype, kernel)
+  products = products or Products(kernel)
+  if recipe.accumulation != "float32":
+    promoted = recipe.accumulation == "promoted"
+    products = LimitedProducts(kernel, promoted=promoted)
 
   def under(role, inputs, w, load_E, exact, *, swiglu=False):
     weight = w if isinstance(w, Weight) else Weight(w)
-    passes = passes_of(recipe, role, dtype, kernel, swiglu=swiglu)
+    passes = passes_of(recipe, role, dtype, products, swiglu=swiglu)
     low = lambda: _observed(passes, inputs, weight, load_E)
     if weight.high is None:
       return low()
@@ -114,7 +131,7 @@ def fp8(recipe: Recipe, dtype: str, kernel: str = "auto") -> Gemm:
 
 
 def passes_of(
-  recipe: Recipe, role: str, dtype: str, kernel: str, *, swiglu: bool
+  recipe: Recipe, role: str, dtype: str, products: Products, *, swiglu: bool
 ) -> Passes:
   """What a Linear does under a recipe in one of ROLES."""
   assert role in ROLES, role
@@ -127,9 +144,6 @@ def passes_of(
     kept = kept and r.dispatch_x
   elif role == "expert_out":
     dgrad_g = r.dispatch_g
-  products = Products(kernel)
-  if r.accumulation != "float32":
-    products = LimitedProducts(kernel, promoted=r.accumulation == "promoted")
   return Passes(
     fprop_x=fprop_x,
     fprop_w=r.fprop_w,

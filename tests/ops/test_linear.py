@@ -9,7 +9,9 @@ import pytest
 
 from dsv3.ops import gemm, recipes
 from dsv3.ops.fp8 import Operand
+from dsv3.ops.hopper_products import HopperProducts
 from dsv3.ops.linear import Weight, weight_copies
+from dsv3.ops.products import Products
 from tests.oracle import fp8_linear as oracle
 
 NAMES = [name for name in recipes.RECIPES if name not in ("bf16", "delayed")]
@@ -20,7 +22,7 @@ SIZES = [(300, 160, 1, 200), (40, 96, 2, 72), (256, 128, 1, 128)]
 
 def as_oracle(recipe, role="", swiglu=False):
   """The recipe of one role as the oracle has it."""
-  passes = gemm.passes_of(recipe, role, "float32", "auto", swiglu=swiglu)
+  passes = gemm.passes_of(recipe, role, "float32", Products(), swiglu=swiglu)
   names = "fprop_x fprop_w dgrad_g dgrad_w wgrad_x wgrad_g kept".split()
   values = {name: getattr(passes, name) for name in names}
   return {k: v and dataclasses.astuple(v) for k, v in values.items()}
@@ -50,14 +52,22 @@ def run(make, x, w, dy):
   return jax.jit(both)(x, w, dy)
 
 
+def named(name):
+  """The recipe, and what multiplies its operands."""
+  if name == "mixed":
+    return recipes.recipe("deepseek_v3", MIXED), None
+  if name == "hopper":  # the layouts of its kernels, with plain products
+    return recipes.recipe("deepseek_v3"), HopperProducts(plain=True)
+  return recipes.recipe(name), None
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", [*NAMES, "mixed"])
+@pytest.mark.parametrize("name", [*NAMES, "mixed", "hopper"])
 def test_sec33_the_three_matmuls_are_the_oracles(name, size):
-  recipe = recipes.recipe(*(
-    ("deepseek_v3", MIXED) if name == "mixed" else (name,)
-  ))
+  recipe, products = named(name)
   x, w, dy = arrays(*size)
-  found = run(gemm.make(recipe, "float32").dot, x, w, dy)
+  dot = gemm.make(recipe, "float32", products=products).dot
+  found = run(dot, x, w, dy)
   wanted = oracle.linear(as_oracle(recipe), x, w, dy)
   for a, b in zip(found, wanted, strict=True):
     close(a, b)
@@ -100,14 +110,14 @@ def per_expert(function, load, *rows):
 
 
 @pytest.mark.parametrize("load", LOADS, ids=str)
-@pytest.mark.parametrize("name", ["deepseek_v3", "blockwise_128", "mxfp8"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "blockwise_128", "mxfp8", "hopper"])
 def test_sec33_grouped_is_each_expert_alone(name, load):
   """Tiles along rows begin anew with each expert; rows past them are zeros."""
-  recipe = recipes.recipe(name)
+  recipe, products = named(name)
   x, w, dy = arrays(320, 160, 2, 72)
   w = np.stack([w * (e + 1) for e in range(4)])
   load_E, n = jnp.array(load, jnp.int32), sum(load)
-  dot = gemm.make(recipe, "float32").grouped_dot
+  dot = gemm.make(recipe, "float32", products=products).grouped_dot
   found = run(
     lambda x, w: dot(x, w, load_E, role="expert_in"), x, w, dy
   )
@@ -161,7 +171,7 @@ def test_bf16_is_no_recipe():
 def test_copies_of_a_step_are_what_a_microbatch_would_make():
   recipe = recipes.recipe("mxfp8")  # two copies
   x, w, dy = arrays(64, 160, 1, 72)
-  passes = gemm.passes_of(recipe, "", "float32", "auto", swiglu=False)
+  passes = gemm.passes_of(recipe, "", "float32", Products(), swiglu=False)
   copies = weight_copies(passes, jnp.asarray(w))
   dot = gemm.make(recipe, "float32").dot
   plain = run(dot, x, w, dy)
