@@ -165,6 +165,16 @@ def _parser() -> argparse.ArgumentParser:
     "--out", metavar="DIR", help="for pictures and page [the experiment]"
   )
 
+  fp8 = add("fp8-report", "what FP8 costs every Linear of a run: a map")
+  fp8.add_argument("workdir", metavar="RUN")
+  fp8.add_argument(
+    "--step", type=_whole, metavar="N", help="a checkpoint [the newest]"
+  )
+  fp8.add_argument(
+    "--recipe", metavar="NAME", help="another than the run's [deepseek_v3]"
+  )
+  fp8.add_argument("--out", metavar="DIR", help="[fp8 in the run folder]")
+
   data = add("data", "the documents and tokens that a step reads", config=True)
   data.add_argument(
     "--step", type=_count, required=True, metavar="N", help="the first is 1"

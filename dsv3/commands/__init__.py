@@ -1,6 +1,6 @@
 """What the sub-commands of `dsv3` do; their arguments are in `dsv3.cli`."""
 
-from dsv3.commands import evaluate, lab, look, text, train, weights
+from dsv3.commands import evaluate, fp8, lab, look, text, train, weights
 
 COMMANDS = {
   "train": train.train,
@@ -12,6 +12,7 @@ COMMANDS = {
   "data": look.data,
   "diff-paper": look.diff_paper,
   "params": look.params,
+  "fp8-report": fp8.report,
   "sweep": lab.sweep,
   "compare": lab.compare,
   "tokenizer": look.train_tokenizer,

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.nn import precision
 from dsv3.ops import balance
 from dsv3.ops.cross_entropy import cross_entropy
 
@@ -32,7 +33,9 @@ class Score(NamedTuple):
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _sums(params, router, batch, *, graphdef):
   """Cross-entropy, labels and load of every MoE layer in a batch."""
-  model = nnx.merge(graphdef, params, router)
+  values = nnx.merge(graphdef, params, router).model
+  weights = precision.attach(params, precision.prepare(params, values))
+  model = nnx.merge(graphdef, weights, router)
   out = model(batch.tokens_BL, batch.segments_BL)
   labels_BL = batch.labels_BPL[:, 0]
   loss = cross_entropy(out.hidden[0], model.head[...], labels_BL)

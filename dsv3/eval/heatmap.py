@@ -55,7 +55,7 @@ def draw(
     for row in rows:
       place = depths.index(row["depth"]), lengths.index(row["length"])
       grid[place] = row[panel]
-    image = _cells(axis, grid, _scale(panel, grid))
+    image = cells(axis, grid, _scale(panel, grid))
     figure.colorbar(image, ax=axis, fraction=0.05, aspect=30, pad=0.02)
     axis.set_title(_NAMES[panel], fontsize=10)
     axis.set_xticks(range(len(lengths)), labels, rotation=turn)
@@ -73,8 +73,10 @@ def _scale(panel: str, grid: np.ndarray) -> tuple[float, float]:
   return float(np.floor(np.nanmin(grid, initial=-1.0))), 0.0
 
 
-def _cells(axis, grid: np.ndarray, scale: tuple[float, float]):
-  """A grid of coloured cells with their numbers in them."""
+def cells(
+  axis, grid: np.ndarray, scale: tuple[float, float], form: str = ".2f"
+):
+  """A grid of coloured cells with their numbers in them; NaN stays grey."""
   low, high = scale
   image = axis.imshow(grid, vmin=low, vmax=high, cmap="viridis", aspect="auto")
   axis.set_facecolor("lightgrey")
@@ -82,7 +84,7 @@ def _cells(axis, grid: np.ndarray, scale: tuple[float, float]):
     if not np.isnan(value):
       ink = "white" if value < low + 0.6 * (high - low) else "black"
       axis.text(
-        x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8
+        x, y, f"{value:{form}}", ha="center", va="center", color=ink, fontsize=8
       )
   axis.set_xticks(np.arange(grid.shape[1] + 1) - 0.5, minor=True)
   axis.set_yticks(np.arange(grid.shape[0] + 1) - 0.5, minor=True)

@@ -122,10 +122,13 @@ def make_model(model: config.Model, key: jax.Array) -> Transformer:
 def gemm_of(model: config.Model) -> Gemm:
   """The products of every Linear, by `model.precision`."""
   p = model.precision
-  recipe, kernel = recipes.recipe(p.recipe, p.changes), model.moe.kernel
-  products = None
-  if recipe.quantises:
-    products = hopper_products.choose(kernel, p.kernel)
+  kernel, products = model.moe.kernel, None
+  try:
+    recipe = recipes.recipe(p.recipe, p.changes)
+    if recipe.quantises:
+      products = hopper_products.choose(kernel, p.kernel)
+  except ValueError as error:
+    raise config.ConfigError(f"config.model.{error}") from error
   return gemms.make(recipe, model.dtype, kernel, products)
 
 

@@ -91,39 +91,34 @@ def fp8(
 
   `products` multiply them; None is the reference.
   """
-  high = plain(dtype, kernel)
   products = products or Products(kernel)
   if recipe.accumulation != "float32":
     promoted = recipe.accumulation == "promoted"
     products = LimitedProducts(kernel, promoted=promoted)
 
-  def under(role, inputs, w, load_E, exact, *, swiglu=False):
+  def under(role, inputs, w, load_E, *, swiglu=False):
     weight = w if isinstance(w, Weight) else Weight(w)
     passes = passes_of(recipe, role, dtype, products, swiglu=swiglu)
     low = lambda: _observed(passes, inputs, weight, load_E)
     if weight.high is None:
       return low()
-    return jax.lax.cond(weight.high, lambda: exact(weight), low)
+    high = lambda: linear(high_of(passes), inputs, Weight(weight.master), load_E)
+    return jax.lax.cond(weight.high, high, low)
 
   def dot(x, w, role=""):
-    rows = x.reshape(-1, x.shape[-1])
-    exact = lambda w: high.dot(rows, w)
-    y_MPO = under(role, (rows,), w, None, exact)
+    y_MPO = under(role, (x.reshape(-1, x.shape[-1]),), w, None)
     return y_MPO.reshape(*x.shape[:-1], *y_MPO.shape[1:])
 
   def grouped_dot(x_AI, w, load_E, role=""):
-    exact = lambda w: high.grouped_dot(x_AI, w, load_E)
-    return under(role, (x_AI,), w, load_E, exact)
+    return under(role, (x_AI,), w, load_E)
 
   def swiglu_dot(gate_up, w, role=""):
     rows = gate_up.reshape(-1, *gate_up.shape[-2:])
-    exact = lambda w: high.swiglu_dot(rows, w)
-    y_MPO = under(role, (rows, None), w, None, exact, swiglu=True)
+    y_MPO = under(role, (rows, None), w, None, swiglu=True)
     return y_MPO.reshape(*gate_up.shape[:-2], *y_MPO.shape[1:])
 
   def grouped_swiglu_dot(inputs, w, load_E, role=""):
-    exact = lambda w: high.grouped_swiglu_dot(inputs, w, load_E)
-    return under(role, inputs, w, load_E, exact, swiglu=True)
+    return under(role, inputs, w, load_E, swiglu=True)
 
   return Gemm(
     dtype, dot, grouped_dot, swiglu_dot, grouped_swiglu_dot, recipe
@@ -157,6 +152,14 @@ def passes_of(
     dtype=dtype,
     swiglu=swiglu,
   )
+
+
+def high_of(passes: Passes) -> Passes:
+  """The same Linear with no operand quantised."""
+  products = Products(passes.products.kernel)
+  operands = [f.name for f in dataclasses.fields(passes) if "_" in f.name]
+  none = dict.fromkeys([*operands, "kept"])
+  return dataclasses.replace(passes, **none, products=products)
 
 
 def _observed(passes, inputs, weight: Weight, load_E):

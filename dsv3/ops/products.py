@@ -5,7 +5,8 @@ of SwiGLU, else one), outputs and their gradients g_MPO. With `load_E` the rows
 are those of experts, sorted, and weights have E in front.
 
 An operand is a `Quantised`, or an array that stays high. The reference
-dequantises to float32 and multiplies there. A product of two FP8 numbers is
+dequantises to float32 and multiplies there, high operands too: a CPU has no
+bfloat16 product inside a branch. A product of two FP8 numbers is
 exact in float32, so this is the report's product up to the rounding of scales
 and the order of float32 sums: below 1e-6 of the sum of magnitudes.
 """

@@ -11,6 +11,7 @@ from flax import nnx
 from dsv3 import config
 from dsv3.config import ConfigError
 from dsv3.hf import imported
+from dsv3.nn import precision
 from dsv3.nn.transformer import Transformer
 from dsv3.train import run, state
 from dsv3.train.checkpoint import CheckpointError, Checkpoints, abstract
@@ -81,6 +82,19 @@ def restore(
   return Trained(
     values, step, graphdef, found[weights], found.get("router", router), meta
   )
+
+
+def restore_memory(
+  workdir: str | pathlib.Path, step: int, params: nnx.State, model: config.Model
+) -> precision.Memory:
+  """What the recipe of `model` remembers at a step; anew if it has nothing."""
+  memory = precision.first_memory(params, model)
+  folder = pathlib.Path(workdir) / "checkpoints"
+  if not jax.tree.leaves(memory) or not (folder / str(step)).is_dir():
+    return memory
+  like = abstract({"precision": memory})
+  found, _ = Checkpoints(folder, read_only=True).restore(step, like)
+  return found.get("precision", memory)
 
 
 def _restore_import(workdir, values, step, ema, as_stored) -> Trained:

@@ -6,7 +6,7 @@ import optax
 from flax import nnx, struct
 
 from dsv3 import config
-from dsv3.nn.precision import Memory, first_memory
+from dsv3.nn.precision import Memory, check_patterns, first_memory
 from dsv3.nn.transformer import make_model, split
 
 
@@ -33,6 +33,7 @@ def create(
   """
   model = make_model(values.model, jax.random.key(values.train.seed))
   graphdef, params, router = split(model)
+  check_patterns(params, values.model)
   return graphdef, of_weights(values, optimizer, params, router)
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from dsv3 import config
 from dsv3.nn import precision
+from dsv3.nn.transformer import make_model, split
 from dsv3.ops import losses
 from dsv3.ops.report import COLUMNS, OPERANDS, PASSES
 from dsv3.train.schedule import Schedule
@@ -25,6 +27,12 @@ from dsv3.train.step import Batch, count_choices, objective
 
 # name of a stack's Linear -> [layers, PASSES, COLUMNS]
 Report = dict[str, np.ndarray]
+
+
+def graphdef_of(values: config.Config) -> nnx.GraphDef:
+  """The structure of a config's model, without its arrays."""
+  create = lambda: make_model(values.model, jax.random.key(0))
+  return jax.eval_shape(lambda: split(create()))[0]
 
 
 def make_report(graphdef, values: config.Config, schedule: Schedule):
