@@ -124,6 +124,9 @@ def quantise(
 ) -> Quantised:
   """Scales every tile by its largest magnitude and rounds (Sec. 3.3.2).
 
+  Departs: multiplies by the reciprocal of a scale, which is a multiple of 1 / 448
+  in float32; the released kernels divide. The last bit of a scale may differ.
+
   Args:
     x: [..., I, O], or [..., I, P, O] with one panel dim: a tile lies within one
       panel. Sizes need not be multiples of the tile's.

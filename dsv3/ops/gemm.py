@@ -128,7 +128,12 @@ def fp8(
 def passes_of(
   recipe: Recipe, role: str, dtype: str, products: Products, *, swiglu: bool
 ) -> Passes:
-  """What a Linear does under a recipe in one of ROLES."""
+  """What a Linear does under a recipe in one of ROLES (Sec. 3.3.3).
+
+  Departs: the report has the inputs of the Linear after attention in E5M6, which
+  no tensor core reads: they are kept in it, and Fprop reads E4M3 with the same
+  kind of scales.
+  """
   assert role in ROLES, role
   r = recipe
   fprop_x, kept, dgrad_g = r.fprop_x, r.kept_x, r.dgrad_g

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dsv3.ops import gemm, recipes
-from dsv3.ops.fp8 import Operand
 from dsv3.ops.hopper_products import HopperProducts
 from dsv3.ops.linear import Weight, weight_copies
 from dsv3.ops.products import Products
@@ -260,27 +259,3 @@ def test_stochastic_rounding_is_of_gradients_alone_and_unbiased():
     assert found.std(0).max() > 0
     deviation = found.std(0) / 20 + 1e-6
     assert np.mean(np.abs(found.mean(0) - exact) < 4 * deviation) > 0.995
-
-
-@pytest.mark.parametrize(
-  "name, changes, words",
-  [
-    ("deepseek_v4", (), "found 'deepseek_v4'.*did you mean deepseek_v3"),
-    ("bf16", ["fprop=e4m3 1x128"], "did you mean fprop_x"),
-    ("bf16", ["fprop_x"], "wanted FIELD=VALUE"),
-    ("bf16", ["fprop_x=e4m4 1x128"], "found 'e4m4 1x128', wanted bf16 or"),
-    ("bf16", ["rounding=up"], "found 'up', wanted one of nearest, stochastic"),
-    ("delayed", ["history=0"], "found '0', wanted steps"),
-    ("deepseek_v3", ["scaling=delayed"], "wanted tiles of"),
-    ("deepseek_v3", ["accumulation=hopper"], "wanted tiles of"),
-  ],
-)
-def test_what_is_no_recipe_is_named(name, changes, words):
-  with pytest.raises(ValueError, match=words):
-    recipes.recipe(name, changes)
-
-
-def test_a_recipe_is_a_few_changes_of_another():
-  changed = recipes.recipe("deepseek_v3", ["dgrad_g=e4m3 128x128"])
-  assert changed.dgrad_g == Operand("e4m3", (128, 128))
-  assert changed.wgrad_g == recipes.recipe("deepseek_v3").wgrad_g

@@ -69,6 +69,20 @@ def test_sec33_a_microbatch_reads_the_copies_of_the_step_alone():
     np.testing.assert_array_equal(a, b)
 
 
+def test_sec331_what_is_no_linear_stays_high():
+  """Embedding, head, router, norms and MTP's projection have no copy."""
+  params = steps.prepared(FP8).start.params
+  names = set(precision.linears(params))
+  others = {
+    ".".join(path) for path, _ in nnx.to_flat_state(params)
+  } - names
+  last = {name.split(".")[-1] for name in others}
+  assert last == {"embed", "head", "centroid", "gain", "proj"}
+  assert {name.split(".")[-1] for name in names} == {
+    *("w_dq w_uq w_qr w_dkv w_kr w_uk w_uv w_o w_gate_up w_down".split())
+  }
+
+
 def test_losses_are_near_those_of_bf16_and_not_the_same():
   low, _ = train(steps.prepared(FP8))
   high, _ = train(steps.prepared({**FP8, RECIPE: "bf16"}))
