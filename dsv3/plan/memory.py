@@ -1,8 +1,8 @@
 """Bytes of a device, by part: a training step, and decoding.
 
-One device, mesh of one: equal to XLA's own account of the compiled step within
-15% (`tests/plan/test_memory.py`). What is particular to XLA's CPU backend is
-named so. Over a mesh every part is divided by the axes that shard it.
+One device on XLA's CPU backend: equal to XLA's own account of the compiled step
+within 15% (`tests/plan/test_memory.py`). `on_cpu` adds what is particular to
+that backend. Over a mesh every part is divided by the axes that shard it.
 """
 
 from typing import NamedTuple
@@ -13,9 +13,18 @@ from dsv3.plan.mesh import Mesh
 
 # Beside the kept activations, while one block goes backward: gradients of its
 # activations, float32 results before they are rounded, transposed operands.
-# In units of all that autodiff keeps of the block in float32. Measured on
-# XLA's CPU backend (1.5 to 1.75 over widths, heads, experts, ranks).
-WORKING = 1.6
+# In units of all that autodiff keeps of the block in float32, by FFN and by
+# whether the block is computed again. Measured on XLA's CPU backend, jaxlib
+# 0.10.2, over widths, heads, ranks, experts: 1.6 to 1.9, 1.5 to 1.75 with
+# recomputation, which frees what it has made as it goes; dense 1.1 and 0.5.
+WORKING = {
+  ("moe", False): 1.75,
+  ("moe", True): 1.6,
+  ("dense", False): 1.1,
+  ("dense", True): 0.5,
+}
+# The same for an MTP module, whose backward pass is no scan.
+WORKING_MODULE = 0.75
 
 
 class Memory(NamedTuple):
@@ -114,6 +123,7 @@ def training(
   schedule: str = "none",
   precision: str = "bf16",
   capacity: float | None = None,
+  on_cpu: bool = False,
 ) -> Memory:
   """Bytes of the fullest device at the peak of a step."""
   model = values.model
@@ -143,12 +153,16 @@ def training(
       )
       parts["weights"] += 2 * low * held.total / copies / layers
   accumulated = microbatches > 1 and (mesh.stage == 1)
-  parts["gradients"] = 4 * held.total / mesh.fsdp * (1 + accumulated)
+  unrolled = on_cpu and model.layers == "unrolled"
+  parts["gradients"] = 4 * held.total / mesh.fsdp * (1 + accumulated + unrolled)
 
-  at_work, stored = _activations(model, tokens, mesh, precision)
+  at_work, stored = _activations(model, tokens, mesh, precision, on_cpu)
   flying = pipeline.in_flight(schedule, mesh.stage, microbatches)
   parts["activations"] = flying * stored
   parts["working"] = at_work
+  if on_cpu and model.remat == "none" and model.moe.kernel == "auto":
+    # The choice of a kernel by platform keeps a copy of the weights it reads.
+    parts["activations"] += 4 * held.experts
   parts["logits"] = _logits(values, rows, tokens, mesh)
   if mesh.expert > 1:
     dispatched = tokens * model.moe.top_k * model.dim
@@ -158,23 +172,36 @@ def training(
   return Memory(parts, capacity)
 
 
-def _activations(model, tokens, mesh, precision) -> tuple[float, float]:
+def _activations(
+  model, tokens, mesh, precision, on_cpu
+) -> tuple[float, float]:
   """Bytes at work on one block, and kept of all blocks of a microbatch."""
   kind = "moe" if model.ffn == "moe" else "dense"
   dtype, remat, depth = model.dtype, model.remat, model.mtp.depth
+  unrolled = on_cpu and model.layers == "unrolled"
+  if unrolled:
+    remat = "none"  # XLA's CPU computes all blocks again before it goes back
   of = lambda kind: kept(model, kind, remat, dtype)
   n_moe = model.n_moe_layers
   body = n_moe * of("moe") + (model.n_layers - n_moe) * of("dense")
   if precision == "fp8" and remat == "paper" and kind == "moe":
     # SwiGLU's inputs are cached in FP8 (Sec. 3.3.2).
     body -= n_moe * 2 * model.moe.hidden * (model.moe.top_k + model.moe.n_shared)
-  again = kept(model, kind, "none", dtype) - of(kind) if remat != "none" else 0
+  remade = remat != "none"
+  again = kept(model, kind, "none", dtype) - of(kind) if remade else 0
   single = kept(model, kind, "none", "float32")
-  work = again + WORKING * single
+  work = again + WORKING[kind, remade] * single
+  # A CPU widens what was kept in bfloat16 before it multiplies.
+  wider = of(kind) if on_cpu and dtype == "bfloat16" and not remade else 0
   size = count.ITEM_BYTES[dtype]
   module = of(kind) + 3 * kept_of_norm(model.dim, size) + 3 * model.dim * size
   # An MTP module is done with before the main model goes backward.
-  peak = max(body + work, body + depth * module + work * bool(depth))
+  peak = body + work + wider
+  if depth:
+    at_module = WORKING_MODULE * single
+    if remade or unrolled:  # modules are never scanned: all are made again
+      at_module = work + (depth - 1) * again
+    peak = max(peak, body + depth * module + at_module + 1.5 * wider)
   layers = model.n_layers + depth
   fullest = pipeline.layers_of_fullest(layers, mesh) / layers
   stored = tokens * (peak - work) * fullest / mesh.tensor
@@ -188,3 +215,47 @@ def _logits(values, rows, tokens, mesh) -> float:
   size = count.ITEM_BYTES[model.dtype]
   logits = 3 * 4 * rows * chunk * model.vocab_size / mesh.tensor
   return logits + (1 + model.mtp.depth) * size * tokens * model.dim
+
+
+def decoding(
+  model: config.Model,
+  *,
+  sequences: int,
+  capacity: int,
+  chunk: int = 1,
+  weights: str = "bfloat16",
+  cache: str = "bfloat16",
+  on_cpu: bool = False,
+  capacity_bytes: float | None = None,
+) -> Memory:
+  """Bytes of a decoder on one device (`infer.Decoder`): MLA, absorbed.
+
+  `capacity` are the tokens a sequence has room for. `chunk` over 1 is a step of
+  prefill, which makes keys and values of the whole past, a layer at a time.
+  """
+  a, m, s = model.attention, model.moe, count.sizes(model)
+  main = count.by_formula(model).main
+  by_head = a.n_heads * a.kv_rank * (a.nope_dim + a.v_dim) * model.n_layers
+  kept_bytes = count.cache_bytes_per_token(model, cache)["mla"]
+  parts = {
+    "weights": count.ITEM_BYTES[weights] * (main + by_head),
+    "cache": sequences * capacity * kept_bytes,
+  }
+  head, tokens = a.nope_dim + a.rope_dim, sequences * chunk
+  if chunk == 1:
+    working = 3 * sequences * a.n_heads * capacity + 2 * s.expert
+  else:
+    # Keys, values and their blocks; queries and outputs; rows of experts.
+    past = sequences * capacity * a.n_heads * (head + a.v_dim)
+    rows = tokens * m.top_k * (model.dim + 3 * m.hidden)
+    if model.ffn == "dense":
+      rows = 3 * tokens * model.dense_hidden
+    own = tokens * a.n_heads * (head + a.v_dim)
+    working = 1.4 * past + 2.2 * own + 2.1 * rows + 4 * tokens * model.dim
+  working = 4 * working
+  if on_cpu and cache != "float32":  # widened before it is multiplied
+    kept_wide = count.cache_bytes_per_token(model, "float32")["mla"]
+    working += sequences * capacity * kept_wide
+  parts["working"] = working
+  parts["logits"] = 4 * sequences * model.vocab_size if chunk == 1 else 0
+  return Memory(parts, capacity_bytes)

@@ -119,7 +119,7 @@ def of(
     tuple(c for c in (*between, *once) if c.seconds > 0),
     layout.batch * seq_len,
     count.flops_per_token(model, seq_len, mtp=mtp),
-    fitted.spread(chip.family, layout.precision),
+    fitted.SPREAD.get((chip.family, layout.precision), (0.8, 1.2)),
   )
 
 
