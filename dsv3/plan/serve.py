@@ -36,11 +36,11 @@ def check(unit: Unit, model: config.Model) -> None:
   """Raises ConfigError for a unit that cannot be."""
   if unit.chips % unit.tensor:
     raise ConfigError(
-      f"--tensor: found {unit.tensor}, wanted a divisor of {unit.chips} chips"
+      f"--unit_tensor: found {unit.tensor}, wanted a divisor of {unit.chips} chips"
     )
   if model.attention.n_heads % unit.tensor:
     raise ConfigError(
-      f"--tensor: found {unit.tensor}, wanted a divisor of "
+      f"--unit_tensor: found {unit.tensor}, wanted a divisor of "
       f"model.attention.n_heads = {model.attention.n_heads}"
     )
   if model.attention.kind != "mla":
