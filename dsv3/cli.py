@@ -220,7 +220,9 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     "dsv3 plan --config=v3_671b --preset=train2048, prefill32, decode320 or "
     "decode144:\nthe report's deployment units\n\n" + _OVERRIDES
   )
-  command.add_argument("--chip", metavar="NAME", help="h800, b200, v5p, ... [h800]")
+  command.add_argument(
+    "--chip", metavar="NAME", help="h800, b200, v5p, ... [h800]"
+  )
   command.add_argument("--chips", type=_count, metavar="N", help="[1]")
   command.add_argument(
     "--mesh",

@@ -15,7 +15,7 @@ def plan(arguments: argparse.Namespace) -> None:
     _values(arguments),
     chip=arguments.chip,
     n_chips=arguments.chips,
-    mesh_=arguments.mesh,
+    mesh=arguments.mesh,
     preset=arguments.preset,
     precision=arguments.precision,
     microbatches=arguments.microbatches,
@@ -60,7 +60,9 @@ def _accepted(arguments: argparse.Namespace) -> float:
   if share is None:
     return serve.DRAFT_ACCEPTED
   if share > 1:
-    raise ConfigError(f"--accepted: found {share:g}, wanted a share from 0 to 1")
+    raise ConfigError(
+      f"--accepted: found {share:g}, wanted a share from 0 to 1"
+    )
   return share
 
 

@@ -11,9 +11,8 @@ from dsv3.plan.answer import Plan, as_dict, of
 from dsv3.plan.chips import CHIPS, chip
 from dsv3.plan.mesh import Mesh
 from dsv3.plan.presets import PRESETS
-from dsv3.plan.search import search
 from dsv3.plan.serve import Unit
 
 __all__ = (
-  "CHIPS", "PRESETS", "Mesh", "Plan", "Unit", "as_dict", "chip", "of", "search",
+  "CHIPS", "PRESETS", "Mesh", "Plan", "Unit", "as_dict", "chip", "of",
 )  # fmt: skip

@@ -4,9 +4,9 @@ import dataclasses
 
 from dsv3 import config
 from dsv3.config import ConfigError
-from dsv3.plan import chips, count, mesh, search, serve
+from dsv3.plan import chips, count, search, serve
 from dsv3.plan.memory import Memory
-from dsv3.plan.mesh import Mesh
+from dsv3.plan.mesh import SCHEDULES, Mesh, parse
 from dsv3.plan.presets import PRESETS
 from dsv3.plan.search import Candidate, Found
 from dsv3.plan.step import Step
@@ -66,21 +66,13 @@ class Plan:
     return (
       f"plan: {expected:,.0f} tokens/s expected ({low:,.0f} to {high:,.0f}), "
       f"{self.step.step_seconds:.3g} s a step, "
-      f"{self.memory.total / 1e9:.3g} GB a device; {self.step.binds} binds"
+      f"{self.memory.total / 1e9:.3g} GB a device; most of it {self.step.binds}"
     )
 
 
 def precision_of(values: config.Config, given: str | None) -> str:
-  """Precision of the Linears: as given, or what the config's recipe says.
-
-  Configs without a recipe: the report's FP8 where activations are bfloat16.
-  """
-  if given:
-    return given
-  recipe = getattr(getattr(values.model, "precision", None), "recipe", None)
-  if recipe is not None:
-    return "bf16" if recipe == "bf16" else "fp8"
-  return "fp8" if values.name.startswith("v3_671b") else "bf16"
+  """Precision of the Linears: as given, or what the config's recipe says."""
+  return given or ("bf16" if values.model.precision.recipe == "bf16" else "fp8")
 
 
 def of(
@@ -88,7 +80,7 @@ def of(
   *,
   chip: str | chips.Chip | None = None,
   n_chips: int | None = None,
-  mesh_: str | Mesh | None = None,
+  mesh: str | Mesh | None = None,
   preset: str | None = None,
   precision: str | None = None,
   microbatches: int | None = None,
@@ -113,19 +105,19 @@ def of(
   given = PRESETS.get(preset)
   if given:
     chip, n_chips = chip or given.chip, n_chips or given.chips
-    mesh_, unit = mesh_ or given.mesh, unit or given.unit
+    mesh, unit = mesh or given.mesh, unit or given.unit
     microbatches = microbatches or given.microbatches
     schedule = schedule or given.schedule
   one = chip if isinstance(chip, chips.Chip) else chips.chip(chip or "h800")
-  if schedule is not None and schedule not in mesh.SCHEDULES:
+  if schedule is not None and schedule not in SCHEDULES:
     raise ConfigError(
-      f"--schedule: found {schedule}, wanted one of {', '.join(mesh.SCHEDULES)}"
+      f"--schedule: found {schedule}, wanted one of {', '.join(SCHEDULES)}"
     )
   n_chips = n_chips or 1
   precision, warnings = precision_of(values, precision), []
   if precision == "fp8" and one.fp8 == one.bf16:
     warnings.append(f"{one.name} has no FP8 units: its BF16 rate is planned")
-  only = mesh.parse(mesh_, n_chips) if isinstance(mesh_, str) else mesh_
+  only = parse(mesh, n_chips) if isinstance(mesh, str) else mesh
 
   found = None
   if not (given and given.unit):

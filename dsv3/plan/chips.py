@@ -52,7 +52,9 @@ def _nvidia(
   )
 
 
-def _tpu(name, kinds, bf16, fp8, hbm, hbm_rate, domain, link, net, torus, source):
+def _tpu(
+  name, kinds, bf16, fp8, hbm, hbm_rate, domain, link, net, torus, source
+):
   return Chip(
     name,
     kinds,

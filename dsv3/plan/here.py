@@ -76,6 +76,6 @@ def forecast(values: config.Config) -> Plan | None:
     values,
     chip=found,
     n_chips=1,
-    mesh_=Mesh(),
+    mesh=Mesh(),
     microbatches=values.train.microbatches,
   )

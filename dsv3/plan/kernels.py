@@ -18,7 +18,9 @@ RELATIVE = {"dense": 1.0, "experts": 0.9, "attention": 0.8, "high": 1.0}
 MEMORY = 0.8  # of the HBM rate, by streaming kernels
 # The chips whose anchors the shares are fitted on: H100/H800, GB200.
 REFERENCE_WATTS = {"hopper": 700.0, "blackwell": 1200.0}
-BACKWARD_SCORES = 2.5  # flash attention's backward pass over its forward: 5 of 2
+BACKWARD_SCORES = (
+  2.5  # flash attention's backward pass over its forward: 5 of 2
+)
 
 
 class Seconds(NamedTuple):
@@ -41,9 +43,7 @@ class Seconds(NamedTuple):
     return Seconds(*(a + b for a, b in zip(self, other)))
 
 
-def rates(
-  chip: Chip, precision: str, shares=fitted.SHARE
-) -> dict[str, float]:
+def rates(chip: Chip, precision: str, shares=fitted.SHARE) -> dict[str, float]:
   """FLOP/s reached by kind. FP8 is for Linears alone (Sec. 3.3.1).
 
   Of chips with one die and several power limits, the limit sets the clock.

@@ -129,7 +129,6 @@ def training(
   model = values.model
   microbatches = microbatches or values.train.microbatches
   batch = batch or values.schedule.batch_size
-  size = count.ITEM_BYTES[model.dtype]
   rows = batch / mesh.ranks / microbatches
   tokens = rows * values.data.seq_len / mesh.context
   held, copies = shares(model, mesh), pipeline.copies(schedule)
@@ -172,9 +171,7 @@ def training(
   return Memory(parts, capacity)
 
 
-def _activations(
-  model, tokens, mesh, precision, on_cpu
-) -> tuple[float, float]:
+def _activations(model, tokens, mesh, precision, on_cpu) -> tuple[float, float]:
   """Bytes at work on one block, and kept of all blocks of a microbatch."""
   kind = "moe" if model.ffn == "moe" else "dense"
   dtype, remat, depth = model.dtype, model.remat, model.mtp.depth
@@ -186,7 +183,9 @@ def _activations(
   body = n_moe * of("moe") + (model.n_layers - n_moe) * of("dense")
   if precision == "fp8" and remat == "paper" and kind == "moe":
     # SwiGLU's inputs are cached in FP8 (Sec. 3.3.2).
-    body -= n_moe * 2 * model.moe.hidden * (model.moe.top_k + model.moe.n_shared)
+    body -= (
+      n_moe * 2 * model.moe.hidden * (model.moe.top_k + model.moe.n_shared)
+    )
   remade = remat != "none"
   again = kept(model, kind, "none", dtype) - of(kind) if remade else 0
   single = kept(model, kind, "none", "float32")
@@ -255,6 +254,7 @@ def decoding(
   working = 4 * working
   if on_cpu and cache != "float32":  # widened before it is multiplied
     kept_wide = count.cache_bytes_per_token(model, "float32")["mla"]
+    kept_wide *= 1 - (chunk == 1) / model.n_layers  # one layer's is not yet
     working += sequences * capacity * kept_wide
   parts["working"] = working
   parts["logits"] = 4 * sequences * model.vocab_size if chunk == 1 else 0

@@ -20,7 +20,9 @@ class Mesh:
   """Sizes of the axes; their product is the number of devices."""
 
   data: int = 1  # replicas; the optimizer's state is sharded over them (ZeRO-1)
-  fsdp: int = 1  # sequences, and every weight gathered where it is used (ZeRO-3)
+  fsdp: int = (
+    1  # sequences, and every weight gathered where it is used (ZeRO-3)
+  )
   expert: int = 1  # sequences, and the routed experts (EP)
   context: int = 1  # positions of a sequence (CP)
   tensor: int = 1  # heads and hidden widths (TP)
@@ -61,7 +63,9 @@ def parse(text: str, chips: int) -> Mesh:
     if axis in sizes:
       raise ConfigError(f"--mesh: {axis} is there twice")
     if size != "-1" and not (size.isdigit() and int(size)):
-      raise ConfigError(f"--mesh: {axis}: found {size}, wanted 1 or more, or -1")
+      raise ConfigError(
+        f"--mesh: {axis}: found {size}, wanted 1 or more, or -1"
+      )
     sizes[axis] = int(size)
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1:

@@ -49,9 +49,7 @@ def reach(model: config.Model, mesh: Mesh, domain: int) -> Reach:
   far = distinct(nodes)
   if m.top_groups < m.n_groups:
     far = min(far, m.top_groups * max(1.0, nodes / m.n_groups))
-  return Reach(
-    far * (nodes - 1) / nodes, distinct(ranks) * (ranks - 1) / ranks
-  )
+  return Reach(far * (nodes - 1) / nodes, distinct(ranks) * (ranks - 1) / ranks)
 
 
 def exchange_bytes(

@@ -6,7 +6,7 @@ from html import escape
 
 from dsv3.plan import report
 from dsv3.plan.answer import Plan
-from dsv3.plan.report import si
+from dsv3.plan.report import big, si
 
 _STYLE = """
 :root { --ink: #1b1f24; --soft: #667085; --line: #d8dde4; --back: #fff;
@@ -50,7 +50,9 @@ def html(plan: Plan) -> str:
     ]
   served = [row for row in plan.serving if row.decode]
   if plan.serving:
-    curves = {"prefill": [(r.context, r.prefill.tokens_chip) for r in plan.serving]}
+    curves = {
+      "prefill": [(r.context, r.prefill.tokens_chip) for r in plan.serving]
+    }
     curves["decode"] = [(r.context, r.decode.tokens_chip) for r in served]
     parts += [
       "<h2>Tokens/s of a chip against context length</h2>",
@@ -73,20 +75,20 @@ def html(plan: Plan) -> str:
 
 def _figures(plan: Plan) -> str:
   n = plan.parameters
-  figures = [(si(n.main), f"parameters, {si(n.active)} active")]
+  figures = [(big(n.main), f"parameters, {big(n.active)} active")]
   if plan.training:
     low, expected, high = plan.step.range()
     fewest, hours, most = plan.chip_hours
     figures += [
       (f"{expected:,.0f} tokens/s", f"a chip; {low:,.0f} to {high:,.0f}"),
       (f"{plan.step.mfu:.1%}", "MFU of the BF16 peak"),
-      (f"{si(hours)} chip-hours", f"for {si(plan.tokens)} tokens; "
-       f"{si(fewest)} to {si(most)}"),
+      (f"{big(hours)} chip-hours", f"for {big(plan.tokens)} tokens; "
+       f"{big(fewest)} to {big(most)}"),
       (plan.step.binds, "takes most of the step"),
     ]  # fmt: skip
     if plan.price is not None:
       figures.append(
-        (f"${si(hours * plan.price)}", f"at ${plan.price:g} a chip-hour")
+        (f"${big(hours * plan.price)}", f"at ${plan.price:g} a chip-hour")
       )
   cells = [
     f"<div><b>{escape(big)}</b><span>{escape(small)}</span></div>"
@@ -140,7 +142,8 @@ def lines(curves: dict[str, Sequence[tuple[float, float]]]) -> str:
       'stroke-width="2.5"/>'
     )
     shapes += [
-      f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in at
+      f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
+      for x, y in at
     ]
     shapes.append(
       f'<text x="{at[-1][0] + 12:.1f}" y="{at[-1][1] + 4:.1f}" '

@@ -9,18 +9,30 @@ from dsv3.plan.answer import Plan
 BAR = 24  # characters of the longest bar
 
 
-def si(value: float, unit: str = "", digits: int = 3) -> str:
-  """A number with a prefix, three figures: 671 B parameters are 671 G.
+def si(value: float, unit: str) -> str:
+  """A quantity with a prefix, three figures.
 
-  >>> si(671.03e9), si(70_272, "B"), si(19.9, "s"), si(0.0021, "s")
-  ('671 G', '70.3 KB', '19.9 s', '2.1 ms')
+  >>> si(67.1e9, "B"), si(70_272, "B"), si(19.9, "s"), si(0.0021, "s")
+  ('67.1 GB', '70.3 KB', '19.9 s', '2.1 ms')
   """
   if value and abs(value) < 1 and unit == "s":
     return si(value * 1e3, "ms") if value > 1e-3 else si(value * 1e6, "us")
   for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):  # fmt: skip
     if abs(value) >= size:
-      return f"{value / size:.{digits}g} {prefix}{unit}".strip()
-  return f"{value:.{digits}g} {unit}".strip()
+      return f"{value / size:.3g} {prefix}{unit}"
+  return f"{value:.3g} {unit}"
+
+
+def big(n: float) -> str:
+  """A count as people say it.
+
+  >>> big(671_026_419_200), big(14.8e12), big(2_664_000)
+  ('671B', '14.8T', '2.66M')
+  """
+  for letter, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+    if n >= size:
+      return f"{n / size:.3g}{letter}"
+  return f"{n:.3g}"
 
 
 def table(
@@ -82,7 +94,11 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _counts(plan: Plan) -> list[str]:
-  n, model, seq_len = plan.parameters, plan.values.model, plan.values.data.seq_len
+  n, model, seq_len = (
+    plan.parameters,
+    plan.values.model,
+    plan.values.data.seq_len,
+  )
   flops = lambda **kwargs: count.flops_per_token(model, seq_len, **kwargs)
   cache = count.cache_bytes_per_token(model)
   a = model.attention
@@ -91,10 +107,12 @@ def _counts(plan: Plan) -> list[str]:
     "COUNTS",
     f"  parameters {n.main:,} main, {n.mtp:,} MTP; {n.active:,} active",
     "  by part    "
-    + ", ".join(f"{part} {si(v)}" for part, v in n.by_part.items()),
-    f"  FLOPs of a token in training, causal: {si(flops())} "
-    f"({si(flops(mtp=False), digits=4)} without MTP, "
-    f"{si(flops(recompute=True))} with recomputation)",
+    + ", ".join(f"{part} {big(v)}" for part, v in n.by_part.items()),
+    f"  FLOPs of a token in training, causal: {flops() / 1e9:.4g} G "
+    f"({flops(mtp=False) / 1e9:.4g} without MTP, "
+    f"{flops(recompute=True) / 1e9:.4g} with recomputation, "
+    f"{flops(mtp=False, causal=False) / 1e9:.4g} of the full matrix without MTP); "
+    f"forward {flops() / 3e9:.4g}",
     f"  cache of a token in BF16: {si(cache[a.kind], 'B')}; "
     + ", ".join(
       f"{kind.upper()} {si(v, 'B')}"
@@ -179,14 +197,14 @@ def _cost(plan: Plan) -> list[str]:
   fewest, expected, most = plan.chip_hours
   days = expected / plan.n_chips / 24
   lines = [
-    f"BUDGET of {si(plan.tokens)} tokens",
-    f"  chip-hours: {si(expected)} expected ({si(fewest)} to {si(most)}), "
+    f"BUDGET of {big(plan.tokens)} tokens",
+    f"  chip-hours: {big(expected)} expected ({big(fewest)} to {big(most)}), "
     f"{days:,.3g} days",
   ]
   if plan.price is not None:
     lines.append(
-      f"  at ${plan.price:g} a chip-hour: ${si(expected * plan.price)} "
-      f"(${si(fewest * plan.price)} to ${si(most * plan.price)})"
+      f"  at ${plan.price:g} a chip-hour: ${big(expected * plan.price)} "
+      f"(${big(fewest * plan.price)} to ${big(most * plan.price)})"
     )
   else:
     lines.append("  no price is published for this chip; give --price")
@@ -198,7 +216,9 @@ def _search(plan: Plan) -> list[str]:
   rows = []
   for one in plan.found.ranked:
     layout = one.layout
-    name = layout.schedule + (f"/{layout.virtual}" if layout.virtual > 1 else "")
+    name = layout.schedule + (
+      f"/{layout.virtual}" if layout.virtual > 1 else ""
+    )
     rows.append(
       (
         str(layout.mesh),
@@ -232,7 +252,12 @@ def _serving(plan: Plan) -> list[str]:
         f"{row.speedup:.2f}",
       ]
     rows.append(
-      (f"{row.context // 1024}K", f"{p.tokens_chip:,.0f}", si(p.latency, "s"), *cells)
+      (
+        f"{row.context // 1024}K",
+        f"{p.tokens_chip:,.0f}",
+        si(p.latency, "s"),
+        *cells,
+      )
     )
   head = (
     "context", "prefill/s", "a prompt", "batch", "decode/s", "a user/s", "step",

@@ -148,7 +148,9 @@ def search(
       if only:
         raise
       continue
-    for (kind, virtual), cut, policy in itertools.product(kinds, of_cuts, remat):
+    for (kind, virtual), cut, policy in itertools.product(
+      kinds, of_cuts, remat
+    ):
       if virtual * shape.stage > values.model.n_layers:
         continue
       layout = Layout(shape, batch, cut, kind, virtual, precision)

@@ -160,9 +160,8 @@ def decode(
   exchange = n_moe * exchange_seconds(model, chip, unit, tokens)
   if unit.tensor > 1:
     reduced = 4 * group * model.dim * 2
-    exchange += (
-      layers
-      * network.ring_seconds(reduced, Mesh(tensor=unit.tensor), "tensor", chip)
+    exchange += layers * network.ring_seconds(
+      reduced, Mesh(tensor=unit.tensor), "tensor", chip
     )
   compute = dense + experts + head + attention
   seconds = {

@@ -8,6 +8,14 @@ from dsv3.plan.chips import Chip
 from dsv3.plan.mesh import Mesh
 from dsv3.plan.network import Collective
 
+NAMES = {
+  "dense": "dense products",
+  "experts": "expert products",
+  "attention": "attention",
+  "high": "head and router",
+  "memory": "memory traffic",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -96,7 +104,7 @@ def of(
     exchange = max(0.0, exchange - busy)
   gather = max(0.0, waits.pop("weight gather", 0.0) - busy)
 
-  seconds = {k: m * s for k, s in compute._asdict().items()}
+  seconds = {NAMES[k]: m * s for k, s in compute._asdict().items()}
   seconds["uneven stages"] = busy - compute.total * m
   seconds["expert exchange"] = exchange
   seconds["weight gather"] = gather
@@ -148,7 +156,9 @@ def _between(values, chip, layout, tokens, fullest, mtp) -> list[Collective]:
     n_bytes = 4 * tokens * d * 2
     one = network.ring_seconds(n_bytes, mesh, "tensor", chip)
     found.append(
-      Collective("tensor", "tensor", 2 * n_bytes, "layer", 2 * fullest * m * one)
+      Collective(
+        "tensor", "tensor", 2 * n_bytes, "layer", 2 * fullest * m * one
+      )
     )
   if mesh.context > 1:
     width = count.cache_bytes_per_token(model)[model.attention.kind]
