@@ -4,7 +4,7 @@ import dataclasses
 
 from dsv3 import config
 from dsv3.config import ConfigError
-from dsv3.plan import chips, count, search, serve
+from dsv3.plan import chips, count, fitted, kernels, search, serve
 from dsv3.plan.memory import Memory
 from dsv3.plan.mesh import SCHEDULES, Mesh, parse
 from dsv3.plan.presets import PRESETS
@@ -52,6 +52,31 @@ class Plan:
   @property
   def memory(self) -> Memory | None:
     return self.training.memory if self.training else None
+
+  def by_remat(self) -> dict[str, float]:
+    """Bytes kept for the backward pass under every policy (Sec. 3.2.3)."""
+    return {
+      policy: search.candidate(
+        self.values, self.chip, self.training.layout, policy
+      ).memory.parts["activations"]
+      for policy in search.REMAT
+    }
+
+  def by_schedule(self) -> dict[str, float]:
+    """Seconds of bubble under every schedule of the pipeline (Table 2)."""
+    layout, found = self.training.layout, {}
+    for kind in SCHEDULES[1:] if layout.mesh.stage > 1 else ():
+      if kind.startswith("dualpipe") and layout.mesh.stage % 2:
+        continue
+      virtual = max(layout.virtual, 2) if kind == "interleaved" else 1
+      other = dataclasses.replace(layout, schedule=kind, virtual=virtual)
+      one = search.candidate(self.values, self.chip, other, self.training.remat)
+      found[kind] = one.step.seconds["pipeline bubble"]
+    return found
+
+  def rates(self) -> dict[str, float]:
+    """FLOP/s that a chip is planned to reach, by kind of product."""
+    return kernels.rates(self.chip, self.precision)
 
   @property
   def chip_hours(self) -> tuple[float, float, float]:
@@ -239,7 +264,11 @@ def as_dict(plan: Plan) -> dict:
     "warnings": list(plan.warnings),
   }
   if plan.training:
-    out["training"] = _training(plan.training)
+    out["training"] = _training(plan.training) | {
+      "activations_by_remat": plan.by_remat(),
+      "bubble_by_schedule": plan.by_schedule(),
+      "flops_per_second_by_kind": plan.rates(),
+    }
     fewest, expected, most = plan.chip_hours
     out["budget"] = {
       "tokens": plan.tokens,
@@ -257,6 +286,8 @@ def as_dict(plan: Plan) -> dict:
   if plan.serving:
     out["serving"] = {
       "unit": dataclasses.asdict(plan.unit),
+      "weight_bytes_chip": serve.weight_bytes(model, plan.unit),
+      "decode_factors": fitted.SERVED_SPREAD,
       "rows": [_row(row) for row in plan.serving],
     }
   return out
@@ -280,7 +311,7 @@ def _training(one: Candidate) -> dict:
 
 
 def _row(row: Serving) -> dict:
-  out = {
+  out: dict = {
     "context": row.context,
     "prefill": dataclasses.asdict(row.prefill),
     "mtp_speedup": row.speedup,

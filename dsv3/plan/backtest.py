@@ -109,6 +109,12 @@ def fit_serving() -> tuple[float, float]:
   return round(share, 3), round(layer, 7)
 
 
+def serving_spread() -> tuple[float, float]:
+  """Least and most of measured over planned decoding, many sequences a chip."""
+  found = [a.tokens / served(a) for a in anchors.SERVING if a.batch >= 1]
+  return round(min(0.9, *found), 3), round(max(1.1, *found), 3)
+
+
 def serving_table() -> str:
   """Every anchor of inference."""
   rows = [
@@ -174,7 +180,9 @@ def write() -> None:
     )
     before, after = text.split(f"{name} = {{", 1)
     text = f"{before}{name} = {{\n{lines}}}{after.split('}', 1)[1]}"
-  for name, value in zip(("SERVED", "LAYER"), fit_serving()):
+  numbers = dict(zip(("SERVED", "LAYER"), fit_serving()))
+  numbers["SERVED_SPREAD"] = serving_spread()
+  for name, value in numbers.items():
     text = re.sub(rf"(?m)^{name} = .*$", f"{name} = {value}", text)
   path.write_text(text)
 

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from dsv3.plan import count
+from dsv3.plan import count, fitted, serve
 from dsv3.plan.answer import Plan
 
 BAR = 24  # characters of the longest bar
@@ -115,7 +115,7 @@ def _counts(plan: Plan) -> list[str]:
     f"forward {flops() / 3e9:.4g}",
     f"  cache of a token in BF16: {si(cache[a.kind], 'B')}; "
     + ", ".join(
-      f"{kind.upper()} {si(v, 'B')}"
+      f"{kind.upper()} {si(v, 'B')} ({v / cache[a.kind]:.3g} times)"
       for kind, v in cache.items()
       if kind not in hidden
     ),
@@ -156,6 +156,8 @@ def _memory(plan: Plan) -> list[str]:
     f"MEMORY of the fullest chip: {si(m.total, 'B')} of "
     f"{si(m.capacity, 'B')}, {fits}",
     *bars({k: v for k, v in m.parts.items() if v}, "B", m.total),
+    "  activations by recomputation: "
+    + ", ".join(f"{k} {si(v, 'B')}" for k, v in plan.by_remat().items()),
   ]
 
 
@@ -163,13 +165,28 @@ def _time(plan: Plan) -> list[str]:
   s = plan.step
   low, expected, high = s.range()
   flops = s.tokens_chip * s.flops_token
+  own = count.flops_per_token(
+    plan.values.model, plan.values.data.seq_len, mtp=False
+  )
+  rates = {k: v for k, v in plan.rates().items() if k != "high"}
+  lines = [
+    "  reached, TFLOP/s: "
+    + ", ".join(f"{k} {v / 1e12:,.0f}" for k, v in rates.items())
+    + "; memory and links at 0.8 of their sheets"
+  ]
+  if bubbles := plan.by_schedule():
+    lines.append(
+      "  bubble by schedule: "
+      + ", ".join(f"{k} {si(v, 's')}" for k, v in bubbles.items())
+    )
   return [
     f"STEP {si(s.step_seconds, 's')}, most of it {s.binds}",
     *bars(s.seconds, "s", s.step_seconds),
     f"  tokens/s a chip: {low:,.0f} low, {expected:,.0f} expected, "
     f"{high:,.0f} high; {s.tokens_chip * plan.n_chips:,.0f} in all",
     f"  {flops / 1e12:,.0f} model TFLOP/s a chip, MFU {s.mfu:.1%} of the BF16 "
-    "peak (causal, with MTP)",
+    f"peak ({s.mfu * own / s.flops_token:.1%} without MTP)",
+    *_wrapped(lines),
   ]
 
 
@@ -222,7 +239,7 @@ def _search(plan: Plan) -> list[str]:
     rows.append(
       (
         str(layout.mesh),
-        f"{name}, {layout.microbatches} x",
+        f"{name}, {layout.microbatches}x",
         one.remat,
         f"{one.step.tokens_chip:,.0f}",
         si(one.memory.total, "B"),
@@ -247,7 +264,7 @@ def _serving(plan: Plan) -> list[str]:
         f"{d.batch:.3g} of {d.fitting:,.3g}",
         f"{d.tokens_chip:,.0f}",
         f"{d.tokens_user:,.1f}",
-        si(d.latency, "s"),
+        f"{d.latency * 1e3:,.0f} ms",
         d.binds,
         f"{row.speedup:.2f}",
       ]
@@ -260,13 +277,27 @@ def _serving(plan: Plan) -> list[str]:
       )
     )
   head = (
-    "context", "prefill/s", "a prompt", "batch", "decode/s", "a user/s", "step",
+    "context", "prefill/s", "a prompt", "batch", "decode/s", "user/s", "step",
     "binds", "MTP",
   )  # fmt: skip
   tensor = f", attention TP {unit.tensor}" if unit.tensor > 1 else ""
+  model, low_high = plan.values.model, fitted.SERVED_SPREAD
+  held = serve.weight_bytes(model, unit)
+  one = serve.cache_bytes(model, unit, 4096)
+  intensity = serve.absorbed_flops(model) * model.n_layers
+  intensity /= count.cache_bytes_per_token(model, unit.cache)["mla"]
+  ridge = plan.chip.bf16 / plan.chip.hbm_rate
+  notes = [
+    f"  a chip holds {si(held, 'B')} of weights, {si(one, 'B')} of cache for 4K "
+    f"of a sequence ({unit.cache})",
+    f"  absorbed attention does {intensity:.0f} FLOPs a byte of cache; the "
+    f"chip's ridge is {ridge:.0f}",
+    f"  MTP: speed-up at {plan.accepted:.0%} acceptance; published servers "
+    f"decode at {low_high[0]:.2f} to {low_high[1]:.2f} of this",
+  ]
   return [
-    f"SERVING by units of {unit.chips} chips{tensor}: tokens/s a chip, "
-    "sequences a chip and",
-    f"how many fit; MTP: speed-up at {plan.accepted:.0%} acceptance",
+    f"SERVING by units of {unit.chips} chips{tensor}: tokens/s and sequences of "
+    "a chip",
     *table(head, rows),
+    *_wrapped(notes),
   ]

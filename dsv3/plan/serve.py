@@ -168,7 +168,7 @@ def decode(
     "dense weights": dense,
     "experts": experts,
     "head": head,
-    "attention, cache": attention,
+    "attention": attention,
     "exchange": max(0.0, exchange - compute) if unit.overlap else exchange,
   }
   seconds = {k: v / served for k, v in seconds.items()}

@@ -43,6 +43,7 @@ def test_fitted_numbers_are_those_a_fit_gives():
     k: v for k, v in fitted.SPREAD.items() if k[0] != "cpu"
   }
   assert backtest.fit_serving() == (fitted.SERVED, fitted.LAYER)
+  assert backtest.serving_spread() == fitted.SERVED_SPREAD
 
 
 def test_tables_of_the_experiment_are_what_the_planner_says():
