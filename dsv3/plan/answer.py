@@ -13,6 +13,7 @@ from dsv3.plan.step import Step
 
 CONTEXTS = (4096, 8192, 16_384, 32_768, 65_536, 131_072)
 MAX_CONTEXT = 163_840  # max_position_embeddings of the released config
+SMALL = 1024  # widths under it are warned of
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences a chip, tried in turn
 
 
@@ -71,7 +72,7 @@ class Plan:
       virtual = max(layout.virtual, 2) if kind == "interleaved" else 1
       other = dataclasses.replace(layout, schedule=kind, virtual=virtual)
       one = search.candidate(self.values, self.chip, other, self.training.remat)
-      found[kind] = one.step.seconds["pipeline bubble"]
+      found[kind] = one.step.seconds.get("pipeline bubble", 0.0)
     return found
 
   def rates(self) -> dict[str, float]:
@@ -128,6 +129,11 @@ def of(
       f"--preset: found {preset}, wanted one of {', '.join(PRESETS)}"
     )
   given = PRESETS.get(preset)
+  if given and given.unit and (mesh or microbatches or schedule or everything):
+    raise ConfigError(
+      f"--preset: {preset} serves: found --mesh, --microbatches, --schedule or "
+      "--search, wanted none of them"
+    )
   if given:
     chip, n_chips = chip or given.chip, n_chips or given.chips
     mesh, unit = mesh or given.mesh, unit or given.unit
@@ -142,6 +148,14 @@ def of(
   precision, warnings = precision_of(values, precision), []
   if precision == "fp8" and one.fp8 == one.bf16:
     warnings.append(f"{one.name} has no FP8 units: its BF16 rate is planned")
+  if one.family != "cpu":
+    if values.model.dtype == "float32":
+      warnings.append("model.dtype = float32 is planned at the BF16 rate")
+    if values.model.dim < SMALL:
+      warnings.append(
+        f"model.dim = {values.model.dim}: products so small do not reach the "
+        "planned rates, which are fitted at 7168; take the speed as a bound"
+      )
   only = parse(mesh, n_chips) if isinstance(mesh, str) else mesh
 
   found = None

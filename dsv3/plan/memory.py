@@ -1,8 +1,9 @@
 """Bytes of a device, by part: a training step, and decoding.
 
 One device on XLA's CPU backend: equal to XLA's own account of the compiled step
-within 15% (`tests/plan/test_memory.py`). `on_cpu` adds what is particular to
-that backend. Over a mesh every part is divided by the axes that shard it.
+within 15% (`tests/plan/test_plan_memory.py`). `on_cpu` adds what is particular to
+that backend, `widens` what its bfloat16 takes in jaxlib 0.10 and no more in 0.12.
+Over a mesh every part is divided by the axes that shard it.
 """
 
 from typing import NamedTuple
@@ -124,6 +125,7 @@ def training(
   precision: str = "bf16",
   capacity: float | None = None,
   on_cpu: bool = False,
+  widens: bool = True,
 ) -> Memory:
   """Bytes of the fullest device at the peak of a step."""
   model = values.model
@@ -155,7 +157,7 @@ def training(
   unrolled = on_cpu and model.layers == "unrolled"
   parts["gradients"] = 4 * held.total / mesh.fsdp * (1 + accumulated + unrolled)
 
-  at_work, stored = _activations(model, tokens, mesh, precision, on_cpu)
+  at_work, stored = _activations(model, tokens, mesh, precision, on_cpu, widens)
   flying = pipeline.in_flight(schedule, mesh.stage, microbatches)
   parts["activations"] = flying * stored
   parts["working"] = at_work
@@ -171,7 +173,9 @@ def training(
   return Memory(parts, capacity)
 
 
-def _activations(model, tokens, mesh, precision, on_cpu) -> tuple[float, float]:
+def _activations(
+  model, tokens, mesh, precision, on_cpu, widens
+) -> tuple[float, float]:
   """Bytes at work on one block, and kept of all blocks of a microbatch."""
   kind = "moe" if model.ffn == "moe" else "dense"
   dtype, remat, depth = model.dtype, model.remat, model.mtp.depth
@@ -188,10 +192,11 @@ def _activations(model, tokens, mesh, precision, on_cpu) -> tuple[float, float]:
     )
   remade = remat != "none"
   again = kept(model, kind, "none", dtype) - of(kind) if remade else 0
-  single = kept(model, kind, "none", "float32")
+  single = kept(model, kind, "none", "float32" if widens else dtype)
   work = again + WORKING[kind, remade] * single
   # A CPU widens what was kept in bfloat16 before it multiplies.
-  wider = of(kind) if on_cpu and dtype == "bfloat16" and not remade else 0
+  widened = on_cpu and widens and dtype == "bfloat16"
+  wider = of(kind) if widened and not remade else 0
   size = count.ITEM_BYTES[dtype]
   module = of(kind) + 3 * kept_of_norm(model.dim, size) + 3 * model.dim * size
   # An MTP module is done with before the main model goes backward.
@@ -225,6 +230,7 @@ def decoding(
   weights: str = "bfloat16",
   cache: str = "bfloat16",
   on_cpu: bool = False,
+  widens: bool = True,
   capacity_bytes: float | None = None,
 ) -> Memory:
   """Bytes of a decoder on one device (`infer.Decoder`): MLA, absorbed.
@@ -253,9 +259,10 @@ def decoding(
     working = 1.4 * past + 2.2 * own + 2.1 * rows + 4 * tokens * model.dim
   working = 4 * working
   if on_cpu and cache != "float32":  # widened before it is multiplied
-    kept_wide = count.cache_bytes_per_token(model, "float32")["mla"]
-    kept_wide *= 1 - (chunk == 1) / model.n_layers  # one layer's is not yet
-    working += sequences * capacity * kept_wide
+    wide = count.cache_bytes_per_token(model, "float32")["mla"]
+    one = 1 / model.n_layers
+    share = 1 - one * (chunk == 1) if widens else one * (chunk == 1)
+    working += share * sequences * capacity * wide
   parts["working"] = working
   parts["logits"] = 4 * sequences * model.vocab_size if chunk == 1 else 0
   return Memory(parts, capacity_bytes)

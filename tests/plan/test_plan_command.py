@@ -101,6 +101,7 @@ def test_budget_price_and_precision_are_the_users(capsys):
     (["--schedule=gpipe"], "zb1p"),
     (["--unit=32", "--unit_tensor=5"], "--unit_tensor"),
     (["--unit_tensor=5"], "--unit"),
+    (["--preset=decode320", "--search"], "decode320 serves"),
     (["--accepted=2"], "--accepted"),
     (["--tokens=many"], "--tokens"),
     (["--config.model.dim=7169", "--mesh=fsdp=2048"], "model.dim"),
@@ -116,6 +117,16 @@ def test_what_does_not_fit_is_planned_and_said(capsys):
   assert "DOES NOT FIT" in said and "! does not fit" in said
   assert "v5e has no FP8 units" in said
   assert "decoding does not fit" in said
+
+
+def test_small_models_get_a_bound_and_any_schedule_an_answer(capsys):
+  assert cli.main(["plan", "--config=tiny", "--chip=h100"]) == 0
+  said = capsys.readouterr().out
+  assert "! model.dim = 128" in said and "! model.dtype = float32" in said
+  words = ["--config=v3_16b", "--chip=h100", "--chips=8"]
+  for schedule in ("dualpipe", "zb1p", "dualpipev"):
+    assert cli.main(["plan", *words, f"--schedule={schedule}"]) == 0
+    assert f"pipeline {schedule}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("diff", [{}, {"model.attention.kind": "gqa"}], ids=str)

@@ -96,9 +96,7 @@ def test_decode_reads_the_experts_it_wakes(batch, experts):
 def test_long_contexts_are_bound_by_the_cache_and_halve_what_fits():
   unit = serve.Unit(144, redundant=32)
   a, b = (serve.decode(MODEL, H800, unit, n, 3) for n in (65_536, 131_072))
-  assert b.seconds["attention"] == pytest.approx(
-    2 * a.seconds["attention"]
-  )
+  assert b.seconds["attention"] == pytest.approx(2 * a.seconds["attention"])
   assert b.fitting == pytest.approx(a.fitting / 2)
   assert b.binds == "attention"
   # Heads share the latent: TP leaves its bytes on every chip.
