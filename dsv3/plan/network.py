@@ -25,8 +25,8 @@ class Collective(NamedTuple):
 
   name: str
   axis: str
-  bytes_layer: float  # of a layer and microbatch, or of the whole step
-  per: str  # what `bytes_layer` is of
+  bytes_each: float  # sent by a device, each time
+  per: str  # layer (and microbatch) | microbatch | step: what that is of
   seconds: float  # of the step, overlapped or not
 
 

@@ -191,12 +191,17 @@ def _time(plan: Plan) -> list[str]:
 
 
 def _network(plan: Plan) -> list[str]:
+  per = {
+    "layer": "a layer, microbatch",
+    "microbatch": "a microbatch",
+    "step": "a step",
+  }
   rows = [
     (
       c.name,
       c.axis,
-      si(c.bytes_layer, "B"),
-      "a step" if c.per == "step" else "a layer, microbatch",
+      si(c.bytes_each, "B"),
+      per[c.per],
       si(c.seconds, "s"),
     )
     for c in plan.step.collectives

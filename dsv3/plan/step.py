@@ -182,7 +182,9 @@ def _between(values, chip, layout, tokens, fullest, mtp) -> list[Collective]:
     n_bytes = 2 * tokens * d * 2 / mesh.tensor
     one = n_bytes / network.rate(mesh, "stage", chip)
     # Sent while the next microbatch computes; the fill is in the bubble.
-    found.append(Collective("stage to stage", "stage", n_bytes, "layer", one))
+    found.append(
+      Collective("stage to stage", "stage", n_bytes, "microbatch", one)
+    )
   return found
 
 
