@@ -165,7 +165,7 @@ _WIDE = Unit(chips=72, redundant=32)
 
 SERVING = (
   Serving("SGLang B=1, 8 B200", "b200", Unit(8, 8, 0, False), 1000, 1 / 8, 82 / 8,
-          "SGLang, TP 8: about 82 tokens/s", "fitted"),
+          "SGLang, TP 8: about 82 tokens/s", "fitted", assumed="FP4 weights are planned as FP8"),
   Serving("SGLang B=1, 8 H200", "h200", Unit(8, 8, 0, False), 1000, 1 / 8, 28 / 8,
           "SGLang, TP 8: 26 to 30 tokens/s, early"),
   Serving("SGLang decode, 72 H100", "h100", _WIDE, 2050, 256, 22_282 / 8, _SGLANG, "fitted",
