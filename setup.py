@@ -28,8 +28,10 @@ setuptools.setup(
     "harness": ["lm_eval>=0.4.13"],
     "test": [
       "hypothesis>=6.170",
+      "ipykernel>=7.4",
       "lm_eval>=0.4.13",
       "matplotlib>=3.11",
+      "nbclient>=0.11",
       "pyarrow>=26",
       "pytest>=9.2",
       "pytest-xdist>=3.8",

@@ -205,12 +205,63 @@ def _parser() -> argparse.ArgumentParser:
   add("diff-paper", "where a config departs from the report", config=True)
   add("params", "parameters of a config, by part, and FLOPs", config=True)
 
+  _add_plan(add("plan", "what it will cost, and where it fits", config=True))
+
   tokenizer = add("tokenizer", "train a BPE tokenizer on the data", config=True)
   tokenizer.add_argument(
     "--vocab_size", type=_count, required=True, metavar="N"
   )
   tokenizer.add_argument("--out", required=True, metavar="FILE")
   return top
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+  command.epilog = (
+    "dsv3 plan --config=v3_671b --preset=train2048, prefill32, decode320 or "
+    "decode144:\nthe report's deployment units\n\n" + _OVERRIDES
+  )
+  command.add_argument(
+    "--chip", metavar="NAME", help="h800, b200, v5p, ... [h800]"
+  )
+  command.add_argument("--chips", type=_count, metavar="N", help="[1]")
+  command.add_argument(
+    "--mesh",
+    metavar="AXIS=N,...",
+    help="of data, fsdp, expert, context, tensor, stage; one may be -1 "
+    "[the fastest that fits]",
+  )
+  command.add_argument("--seq", type=_count, metavar="N", help="[data.seq_len]")
+  command.add_argument("--microbatches", type=_count, metavar="N")
+  command.add_argument(
+    "--schedule", metavar="NAME", help="1f1b, interleaved, zb1p, dualpipe, ..."
+  )
+  command.add_argument(
+    "--precision", choices=("bf16", "fp8"), help="of Linears [the config's]"
+  )
+  command.add_argument("--preset", metavar="NAME", help="a unit of the report")
+  command.add_argument(
+    "--search", action="store_true", help="recomputation too, and the ranking"
+  )
+  command.add_argument(
+    "--tokens", type=_share, metavar="N", help="the budget [train.tokens]"
+  )
+  command.add_argument(
+    "--price", type=_share, metavar="USD", help="of a chip-hour [if published]"
+  )
+  command.add_argument(
+    "--unit", type=_count, metavar="N", help="chips that serve together"
+  )
+  command.add_argument(
+    "--unit_tensor", type=_count, metavar="N", help="of a unit's attention [1]"
+  )
+  command.add_argument(
+    "--batch", type=_share, metavar="N", help="sequences decoded a chip"
+  )
+  command.add_argument(
+    "--accepted", type=_share, metavar="P", help="share of drafts kept [0.85]"
+  )
+  command.add_argument("--json", action="store_true", help="values, no text")
+  command.add_argument("--html", metavar="FILE", help="a page with plots")
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
@@ -335,22 +386,32 @@ def main(words: Sequence[str] | None = None) -> int:
 
   from dsv3 import commands
   from dsv3.config import ConfigError
-  from dsv3.train.checkpoint import CheckpointError
-  from dsv3.train.loop import RunFailed
 
   try:
-    return commands.COMMANDS[arguments.command](arguments) or 0
+    return commands.command(arguments.command)(arguments) or 0
   except ConfigError as error:
     return _fail(error, 2)
   except BrokenPipeError:  # the reader, `head` for one, has had enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
-  except (RunFailed, CheckpointError, OSError) as error:
+  except OSError as error:
+    return _fail(error, 1)
+  except RuntimeError as error:
+    if not _is_ours(error):
+      raise
     return _fail(error, 1)
   except KeyboardInterrupt:
     print("dsv3: stopped at once", file=sys.stderr)
     sys.stderr.flush()
     os._exit(130)  # not waiting for a save: what is half saved does not count
+
+
+def _is_ours(error: RuntimeError) -> bool:
+  """A run that failed, or a checkpoint that cannot be read: no defect."""
+  from dsv3.train.checkpoint import CheckpointError
+  from dsv3.train.loop import RunFailed
+
+  return isinstance(error, (CheckpointError, RunFailed))
 
 
 def _fail(error: object, code: int) -> int:

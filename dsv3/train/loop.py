@@ -23,7 +23,7 @@ from dsv3.data.prefetch import prefetch
 from dsv3.eval import bpb
 from dsv3.hf import imported
 from dsv3.nn.precision import first_memory
-from dsv3.plan import count
+from dsv3.plan import chips, count, here
 from dsv3.train import feed, identity, optimizer, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
 from dsv3.train.clock import Clock
@@ -194,13 +194,16 @@ class _Trainer:
       self._tell_stretched(changed["train.steps"][0])
     if self.done:
       self.progress.tell(f"{self.workdir}: goes on after step {self.done}")
-    size = count.parameters(self.values.model)
+    size = count.by_formula(self.values.model)
     self.progress.tell(
       f"{self.values.name}: {size.main + size.mtp:,} parameters, "
       f"{size.active:,} active; {self.schedule.steps:,} steps of "
       f"{self.schedule.batch_size(self.done)} x {self.values.data.seq_len} "
       f"tokens on {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
+    self.plan = here.forecast(self.values)
+    if self.plan:
+      self.progress.tell(self.plan.forecast())
     for part in self.data.report(self._sequences(self.schedule.steps)):
       self.progress.tell(
         f"{part.source}: {part.documents:,} documents, {part.bytes:,} bytes, "
@@ -253,6 +256,7 @@ class _Trainer:
             self._after_step(last, interrupts.signum)
         if stop:
           break
+      self._tell_measured(clock.tokens_per_second())
       score = None if interrupts.signum else self._evaluate_at_the_end()
       self.checkpoints.wait()  # a signal now must not cut the last save short
     saved = self.checkpoints.steps
@@ -326,13 +330,23 @@ class _Trainer:
     """Tokens and model FLOPs a second; MFU where the peak is known."""
     flops = tokens_per_second * self._flops_per_token
     speed = {"tokens_per_second": tokens_per_second, "model_flops": flops}
-    if peak := count.peak_flops(jax.devices()[0].device_kind):
+    if peak := chips.peak_flops(jax.devices()[0].device_kind):
       speed["mfu"] = flops / peak / jax.device_count()
     return speed
 
   @functools.cached_property
   def _flops_per_token(self) -> float:
     return count.flops_per_token(self.values.model, self.values.data.seq_len)
+
+  def _tell_measured(self, tokens_per_second: float) -> None:
+    """What the run came to, beside what was planned."""
+    if not self.plan or not tokens_per_second:
+      return
+    planned = self.plan.step.tokens_chip
+    self.progress.tell(
+      f"measured: {tokens_per_second:,.0f} tokens/s, "
+      f"{tokens_per_second / planned:.2f} of the plan's {planned:,.0f}"
+    )
 
   def _after_step(self, last: bool, signum: int | None) -> None:
     """Evaluates and saves, if it is time; a signal gets no evaluation.

@@ -1,0 +1,75 @@
+"""`dsv3 plan`: the planner's answer as text, JSON or a page."""
+
+import argparse
+import json
+import pathlib
+
+from dsv3 import config, overlay
+from dsv3.config import ConfigError
+from dsv3.plan import answer, report, serve
+
+
+def plan(arguments: argparse.Namespace) -> None:
+  """Prints what a config costs on the chips that are named."""
+  found = answer.of(
+    _values(arguments),
+    chip=arguments.chip,
+    n_chips=arguments.chips,
+    mesh=arguments.mesh,
+    preset=arguments.preset,
+    precision=arguments.precision,
+    microbatches=arguments.microbatches,
+    schedule=arguments.schedule,
+    everything=arguments.search,
+    unit=_unit(arguments),
+    batch=arguments.batch,
+    tokens=arguments.tokens,
+    price=arguments.price,
+    accepted=_accepted(arguments),
+  )
+  if arguments.html:
+    from dsv3.plan import page
+
+    pathlib.Path(arguments.html).write_text(page.html(found))
+  if arguments.json:
+    print(json.dumps(answer.as_dict(found), indent=1))
+  elif not arguments.html:
+    print(report.text(found, search=arguments.search))
+  else:
+    print(arguments.html)
+
+
+def _values(arguments: argparse.Namespace) -> config.Config:
+  if not arguments.config:
+    raise ConfigError("--config: missing; for example --config=v3_671b")
+  tree = overlay.load(arguments.config, arguments.overrides)
+  if arguments.seq:
+    overlay.overlay(tree, {"data.seq_len": arguments.seq})
+  values = config.build(tree)
+  limit = answer.MAX_CONTEXT
+  if values.data.seq_len > limit:
+    raise ConfigError(
+      f"--seq: found {values.data.seq_len}, wanted at most {limit}, to which "
+      "the released models are extended"
+    )
+  return values
+
+
+def _accepted(arguments: argparse.Namespace) -> float:
+  share = arguments.accepted
+  if share is None:
+    return serve.DRAFT_ACCEPTED
+  if share > 1:
+    raise ConfigError(
+      f"--accepted: found {share:g}, wanted a share from 0 to 1"
+    )
+  return share
+
+
+def _unit(arguments: argparse.Namespace) -> serve.Unit | None:
+  """A unit of so many chips, if it is named."""
+  if arguments.unit_tensor and not arguments.unit:
+    raise ConfigError("--unit_tensor: wants --unit, the chips of a unit")
+  if not arguments.unit:
+    return None
+  return serve.Unit(arguments.unit, arguments.unit_tensor or 1)

@@ -1,0 +1,34 @@
+"""The few efficiencies that are fitted, and the spread they leave.
+
+Written by `python -m dsv3.plan.backtest --write`; a test regenerates them.
+Shares of the peak that a large dense product reaches inside a whole step.
+"""
+
+SHARE = {
+  ("blackwell", "bf16"): 0.476,
+  ("blackwell", "fp8"): 0.511,
+  ("hopper", "bf16"): 0.614,
+  ("hopper", "fp8"): 0.3525,
+  ("tpu", "bf16"): 0.4215,
+  ("tpu", "fp8"): 0.274,
+}
+# Measured over planned tokens/s, the least and the most of the anchors.
+SPREAD = {
+  ("blackwell", "bf16"): (0.9, 1.109),
+  ("blackwell", "fp8"): (0.608, 1.19),
+  ("hopper", "bf16"): (0.781, 1.1),
+  ("hopper", "fp8"): (0.9, 1.1),
+  ("tpu", "bf16"): (0.9, 1.1),
+  ("tpu", "fp8"): (0.9, 1.1),
+}
+# Of a CPU's measured product (`here.chip`): the mean, least and most of three
+# runs in experiments/performance (tiny, 30M, 100M: 0.72, 1.24, 1.44).
+SHARE["cpu", "bf16"] = 1.09
+SPREAD["cpu", "bf16"] = (0.66, 1.32)
+
+# Share of the roofline that decoding reaches in servers.
+SERVED = 0.745
+# Seconds that a layer of decoding costs beyond its roofline.
+LAYER = 0.0001722
+# Least and most of measured over planned decoding speed.
+SERVED_SPREAD = (0.653, 1.1)

@@ -1,0 +1,81 @@
+"""The device of this process as a chip, and a run's forecast on it."""
+
+import functools
+import os
+import time
+
+from dsv3 import config
+from dsv3.plan import answer, chips
+from dsv3.plan.answer import Plan
+from dsv3.plan.mesh import Mesh
+
+
+@functools.cache
+def chip(dtype: str) -> chips.Chip | None:
+  """The chip of the first device; None for one that no sheet is known of.
+
+  A CPU has no sheet: its peak is the rate of a product of two 1024 x 1024
+  matrices of `dtype`, measured now, in a third of a second. An accelerator in
+  float32 is not planned either: sheets state no rate for it.
+  """
+  import jax
+
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    return _cpu(dtype)
+  return chips.of_device(device.device_kind) if dtype == "bfloat16" else None
+
+
+def _cpu(dtype: str) -> chips.Chip:
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  one = jnp.ones((1024, 1024), dtype)
+  dot = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
+  flops = 2 * 1024**3 / _fastest(lambda: dot(one).block_until_ready())
+  block = np.ones(1 << 24, np.float32)
+  other = np.empty_like(block)
+  moved = 2 * block.nbytes / _fastest(lambda: np.copyto(other, block))
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return chips.Chip(
+    name="cpu",
+    kinds=("cpu",),
+    family="cpu",
+    bf16=flops,
+    fp8=flops,
+    hbm=float(memory),
+    hbm_rate=moved,
+    domain=1,
+    link_rate=moved,
+    network_rate=moved,
+    torus=0,
+    watts=1.0,
+    price=None,
+    source="measured: a matrix product, a copy",
+  )
+
+
+def _fastest(call) -> float:
+  """Seconds of the fastest of five calls, after one that does not count."""
+  call()
+  seconds = []
+  for _ in range(5):
+    start = time.perf_counter()
+    call()
+    seconds.append(time.perf_counter() - start)
+  return min(seconds)
+
+
+def forecast(values: config.Config) -> Plan | None:
+  """The plan of this run on one device of this process; None if unknown."""
+  found = chip(values.model.dtype)
+  if found is None:
+    return None
+  return answer.of(
+    values,
+    chip=found,
+    n_chips=1,
+    mesh=Mesh(),
+    microbatches=values.train.microbatches,
+  )

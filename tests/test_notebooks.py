@@ -1,0 +1,22 @@
+"""Every notebook runs from top to bottom, and defines no model code."""
+
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path, monkeypatch):
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  book = nbformat.read(path, as_version=4)
+  client = nbclient.NotebookClient(book, timeout=120, kernel_name="python3")
+  client.execute(cwd=str(ROOT))
+  cells = [cell for cell in book.cells if cell.cell_type == "code"]
+  assert cells and all(cell.outputs for cell in cells)
+  for cell in cells:
+    assert "class " not in cell.source and "nnx" not in cell.source
