@@ -25,6 +25,9 @@ SPREAD = {
 # runs in experiments/performance (tiny, 30M, 100M: 0.72, 1.24, 1.44).
 SHARE["cpu", "bf16"] = 1.09
 SPREAD["cpu", "bf16"] = (0.66, 1.32)
+# FP8 is emulated there, in steps twice as long (experiments/performance).
+SHARE["cpu", "fp8"] = SHARE["cpu", "bf16"] / 2
+SPREAD["cpu", "fp8"] = SPREAD["cpu", "bf16"]
 
 # Share of the roofline that decoding reaches in servers.
 SERVED = 0.745
