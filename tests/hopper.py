@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from dsv3.ops import hopper
+from dsv3.ops import hopper, hopper_kernel
 
 # An H200 as its driver describes it to XLA.
 H200 = """
@@ -50,6 +50,7 @@ device_description_str: "NVIDIA H200"
 T, D, F, E = 4096, 7168, 2048, 64  # tokens; v3_671b's width and expert; experts
 A = T * 8 + E * 128  # 8 experts a token, every expert's rows padded
 BLOCK = 128
+PAIRS = hopper_kernel.Tiling(pairs=True)
 
 
 def fp8(*shape):
@@ -79,6 +80,7 @@ def products() -> dict:
     "fprop": ("matmul", bf16, dense(T, D, 4096, True)),
     "dgrad": ("matmul", bf16, dense(T, 4096, D, True)),
     "wgrad": ("matmul", f32, dense(D, T, 4096, False)),
+    "pairs": ("matmul", bf16 | {"tiling": PAIRS}, dense(T, D, 4096, True)),
     "odd": ("matmul", f32, dense(128, 128, 384, True)),
     "grouped_fprop": ("grouped_matmul", bf16, grouped(D, F)),
     "grouped_dgrad": ("grouped_matmul", bf16, grouped(F, D)),
@@ -113,6 +115,7 @@ def kernel_report(function, arguments) -> dict:
     "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\.\S+", ptx))),
     "wgmmas": len(re.findall(r"wgmma\.mma_async", ptx)),
     "copies": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+    "shared_copies": ptx.count(".multicast::cluster"),
     "registers": number(r"Used (\d+) registers"),
     "spill_stores": number(r"(\d+) bytes spill stores"),
     "spill_loads": number(r"(\d+) bytes spill loads"),
@@ -133,6 +136,8 @@ def plain_report(function, arguments) -> dict:
 def main() -> None:
   for name, (product, keywords, arguments) in products().items():
     for report, prefix in [(kernel_report, ""), (plain_report, "plain_")]:
+      if prefix and "tiling" in keywords:
+        continue  # the same product as another's
       function = getattr(hopper, prefix + product)
       start = time.perf_counter()
       found = report(functools.partial(function, **keywords), arguments)

@@ -17,6 +17,7 @@ Without a Hopper GPU small plain products run, so that this command is tested.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -277,22 +278,25 @@ def measure(case: Case, rounds: int, inner: int, why_not: str, limits) -> dict:
 
 
 def sweep(case: Case, rounds: int, inner: int) -> list[dict]:
-  """Times of the kernel by tiling; those that do not fit are left out."""
+  """Times of the kernel by tiling; those that do not fit say so."""
   from dsv3.ops.hopper_kernel import Tiling
 
   arguments = jax.jit(case.quantise)(*case.inputs)
   lines = []
-  for sizes in itertools.product((1, 2), (3, 4, 5), (4, 8, 16)):
+  for columns, stripe, pairs in itertools.product(
+    (1, 2), (8, 16), (False, True)
+  ):
+    tiling = Tiling(columns, 6 - columns, stripe, pairs)  # stages that fit
     product = functools.partial(
-      getattr(hopper, case.product), **case.keywords, tiling=Tiling(*sizes)
+      getattr(hopper, case.product), **case.keywords, tiling=tiling
     )
+    line = {"product": case.name, "tiling": dataclasses.asdict(tiling)}
     try:
       calls = {"kernel": (jax.jit(product), arguments)}
-      taken = milliseconds(calls, rounds, inner)
-    except ValueError as problem:  # of shared memory, or of the columns
-      taken = {"kernel": str(problem).splitlines()[0]}
-    named = dict(zip(("columns", "stages", "stripe"), sizes))
-    lines.append({"product": case.name, "tiling": named, **taken})
+      line |= milliseconds(calls, rounds, inner)
+    except (AssertionError, ValueError) as problem:  # pairs, shared memory
+      line["problem"] = str(problem).split("\n")[0]
+    lines.append(line)
   return lines
 
 

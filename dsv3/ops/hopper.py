@@ -110,6 +110,7 @@ def grouped_matmul(
   b, b_scale = b_ENK.reshape(E * N, K), b_scale_ENJ.reshape(-1, K // BLOCK)
   _check(a_AK, a_scale_JA, b, b_scale)
   tiling = tiling or _tiling(kernel, N, True)
+  assert not tiling.pairs, "neighbouring rows may be of two experts"
   grid = A // BLOCK, N // BLOCK // tiling.columns
 
   def place(tile, expert_of_block):
