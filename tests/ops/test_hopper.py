@@ -115,7 +115,9 @@ def assert_near(found, wanted, relative):
 
 
 @pytest.mark.parametrize("by_block", [True, False])
-@pytest.mark.parametrize("M, K, N", [(128, 128, 128), (256, 384, 512)])
+@pytest.mark.parametrize(
+  "M, K, N", [(128, 128, 128), (256, 384, 512), (128, 128 * 128, 128)]
+)
 def test_sec332_plain_product_is_that_of_the_scaled_values(M, K, N, by_block):
   case = dense_case(M, K, N, by_block)
   found = hopper.plain_matmul(*case, out_dtype=jnp.float32)
