@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from dsv3.ops import hopper, hopper_kernel
+from dsv3.ops import gemm, hopper, hopper_kernel, hopper_products, recipes
 
 # An H200 as its driver describes it to XLA.
 H200 = """
@@ -133,6 +133,36 @@ def plain_report(function, arguments) -> dict:
   }
 
 
+def linears() -> dict:
+  """Name: value and gradients of a Linear of the report, and its arguments."""
+  recipe = recipes.RECIPES["deepseek_v3"]
+  products = hopper_products.HopperProducts()
+  linear = gemm.fp8(recipe, "bfloat16", products=products)
+
+  def of(dot):
+    loss = lambda x, *rest: jnp.sin(dot(x, *rest).astype(jnp.float32)).sum()
+    return jax.value_and_grad(loss, argnums=(0, 1))
+
+  array = jax.ShapeDtypeStruct
+  x = array((1, T, D), jnp.bfloat16), array((T * 8, D), jnp.bfloat16)
+  w = array((D, 1, 4096), jnp.float32), array((E, D, 2, F), jnp.float32)
+  load = array((E,), jnp.int32)
+  return {
+    "linear": (of(linear.dot), (x[0], w[0])),
+    "experts": (of(linear.grouped_dot), (x[1], w[1], load)),
+  }
+
+
+def linear_report(function, arguments) -> dict:
+  program = compiled(function, arguments)
+  hlo = program.as_text()
+  return {
+    "kernels": hlo.count('custom_call_target="mosaic_gpu'),
+    "other_products": len(re.findall(r" dot\(|__cublas", hlo)),
+    "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+  }
+
+
 def main() -> None:
   for name, (product, keywords, arguments) in products().items():
     for report, prefix in [(kernel_report, ""), (plain_report, "plain_")]:
@@ -145,6 +175,10 @@ def main() -> None:
       print(
         json.dumps({"product": prefix + name, "jax": jax.__version__} | found)
       )
+  del os.environ["MOSAIC_GPU_DUMP_PTX"], os.environ["MOSAIC_GPU_DUMP_PTXAS"]
+  for name, (function, arguments) in linears().items():
+    found = linear_report(function, arguments)
+    print(json.dumps({"product": name, "jax": jax.__version__} | found))
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_sec35_kernels_compile_to_fp8_tensor_core_instructions():
   )
   assert run.returncode == 0, run.stderr[-2000:]
   lines = [json.loads(x) for x in run.stdout.splitlines() if x.startswith("{")]
-  kernels = [x for x in lines if not x["product"].startswith("plain_")]
+  kernels = [x for x in lines if "wgmma" in x]
   assert len(kernels) == 8
   for found in kernels:
     assert found["target"] == "sm_90a"
@@ -242,3 +242,8 @@ def test_sec35_kernels_compile_to_fp8_tensor_core_instructions():
     assert found["wgmmas"] in (4, 8)  # 128 / 32 for each block of columns
     assert found["spill_loads"] < 200  # bytes: a few of 232 registers
     assert found["temp_bytes"] < 10_000  # the tables of the grouped products
+  # Forward and both gradients of a Linear: three kernels, nothing beside them.
+  linears = {x["product"]: x for x in lines if "kernels" in x}
+  assert linears.keys() == {"linear", "experts"}
+  for found in linears.values():
+    assert (found["kernels"], found["other_products"]) == (3, 0)
