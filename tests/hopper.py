@@ -175,7 +175,6 @@ def main() -> None:
       print(
         json.dumps({"product": prefix + name, "jax": jax.__version__} | found)
       )
-  del os.environ["MOSAIC_GPU_DUMP_PTX"], os.environ["MOSAIC_GPU_DUMP_PTXAS"]
   for name, (function, arguments) in linears().items():
     found = linear_report(function, arguments)
     print(json.dumps({"product": name, "jax": jax.__version__} | found))
