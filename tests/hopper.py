@@ -154,7 +154,9 @@ def linears() -> dict:
 
 
 def linear_report(function, arguments) -> dict:
-  program = compiled(function, arguments)
+  with tempfile.TemporaryDirectory() as folder:
+    os.environ["MOSAIC_GPU_DUMP_TO"] = folder  # else it goes to stdout
+    program = compiled(function, arguments)
   hlo = program.as_text()
   return {
     "kernels": hlo.count('custom_call_target="mosaic_gpu'),
