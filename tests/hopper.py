@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from dsv3.ops import hopper
+from dsv3.ops import gemm, hopper, hopper_kernel, hopper_products, recipes
 
 # An H200 as its driver describes it to XLA.
 H200 = """
@@ -50,6 +50,7 @@ device_description_str: "NVIDIA H200"
 T, D, F, E = 4096, 7168, 2048, 64  # tokens; v3_671b's width and expert; experts
 A = T * 8 + E * 128  # 8 experts a token, every expert's rows padded
 BLOCK = 128
+PAIRS = hopper_kernel.Tiling(pairs=True)
 
 
 def fp8(*shape):
@@ -79,6 +80,7 @@ def products() -> dict:
     "fprop": ("matmul", bf16, dense(T, D, 4096, True)),
     "dgrad": ("matmul", bf16, dense(T, 4096, D, True)),
     "wgrad": ("matmul", f32, dense(D, T, 4096, False)),
+    "pairs": ("matmul", bf16 | {"tiling": PAIRS}, dense(T, D, 4096, True)),
     "odd": ("matmul", f32, dense(128, 128, 384, True)),
     "grouped_fprop": ("grouped_matmul", bf16, grouped(D, F)),
     "grouped_dgrad": ("grouped_matmul", bf16, grouped(F, D)),
@@ -113,6 +115,7 @@ def kernel_report(function, arguments) -> dict:
     "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\.\S+", ptx))),
     "wgmmas": len(re.findall(r"wgmma\.mma_async", ptx)),
     "copies": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+    "shared_copies": ptx.count(".multicast::cluster"),
     "registers": number(r"Used (\d+) registers"),
     "spill_stores": number(r"(\d+) bytes spill stores"),
     "spill_loads": number(r"(\d+) bytes spill loads"),
@@ -130,9 +133,43 @@ def plain_report(function, arguments) -> dict:
   }
 
 
+def linears() -> dict:
+  """Name: value and gradients of a Linear of the report, and its arguments."""
+  recipe = recipes.RECIPES["deepseek_v3"]
+  products = hopper_products.HopperProducts()
+  linear = gemm.fp8(recipe, "bfloat16", products=products)
+
+  def of(dot):
+    loss = lambda x, *rest: jnp.sin(dot(x, *rest).astype(jnp.float32)).sum()
+    return jax.value_and_grad(loss, argnums=(0, 1))
+
+  array = jax.ShapeDtypeStruct
+  x = array((1, T, D), jnp.bfloat16), array((T * 8, D), jnp.bfloat16)
+  w = array((D, 1, 4096), jnp.float32), array((E, D, 2, F), jnp.float32)
+  load = array((E,), jnp.int32)
+  return {
+    "linear": (of(linear.dot), (x[0], w[0])),
+    "experts": (of(linear.grouped_dot), (x[1], w[1], load)),
+  }
+
+
+def linear_report(function, arguments) -> dict:
+  with tempfile.TemporaryDirectory() as folder:
+    os.environ["MOSAIC_GPU_DUMP_TO"] = folder  # else it goes to stdout
+    program = compiled(function, arguments)
+  hlo = program.as_text()
+  return {
+    "kernels": hlo.count('custom_call_target="mosaic_gpu'),
+    "other_products": len(re.findall(r" dot\(|__cublas", hlo)),
+    "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+  }
+
+
 def main() -> None:
   for name, (product, keywords, arguments) in products().items():
     for report, prefix in [(kernel_report, ""), (plain_report, "plain_")]:
+      if prefix and "tiling" in keywords:
+        continue  # the same product as another's
       function = getattr(hopper, prefix + product)
       start = time.perf_counter()
       found = report(functools.partial(function, **keywords), arguments)
@@ -140,6 +177,9 @@ def main() -> None:
       print(
         json.dumps({"product": prefix + name, "jax": jax.__version__} | found)
       )
+  for name, (function, arguments) in linears().items():
+    found = linear_report(function, arguments)
+    print(json.dumps({"product": name, "jax": jax.__version__} | found))
 
 
 if __name__ == "__main__":

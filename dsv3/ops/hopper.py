@@ -110,6 +110,7 @@ def grouped_matmul(
   b, b_scale = b_ENK.reshape(E * N, K), b_scale_ENJ.reshape(-1, K // BLOCK)
   _check(a_AK, a_scale_JA, b, b_scale)
   tiling = tiling or _tiling(kernel, N, True)
+  assert not tiling.pairs, "neighbouring rows may be of two experts"
   grid = A // BLOCK, N // BLOCK // tiling.columns
 
   def place(tile, expert_of_block):
@@ -214,7 +215,8 @@ def plain_matmul(
 ) -> jax.Array:
   """`matmul` in plain JAX."""
   J = a_MK.shape[1] // BLOCK
-  sums = _promote(a_MK, a_scale_JM, b_NK, _by_column(b_scale, J), 0, J)
+  b_scale_JN = _by_column(b_NK, b_scale)
+  sums = _promote(a_MK, a_scale_JM, b_NK, b_scale_JN, 0, J)
   return sums.astype(out_dtype)
 
 
@@ -229,7 +231,7 @@ def plain_grouped_matmul(
     b_NK, b_scale = (
       x[jnp.minimum(expert, E - 1)] for x in (b_ENK, b_scale_ENJ)
     )
-    b_scale_JN = _by_column(b_scale, K // BLOCK)
+    b_scale_JN = _by_column(b_NK, b_scale)
     steps = jnp.where(expert < E, K // BLOCK, 0)
     return _promote(a_RK, a_scale_JR, b_NK, b_scale_JN, 0, steps)
 
@@ -250,9 +252,10 @@ def plain_grouped_wgrad(
   return lax.map(of_expert, (first_block(load_E), _blocks(load_E)))
 
 
-def _by_column(b_scale, J: int):
-  """Scales [J, N] from those of 128 x 128, or as they are."""
-  by_block = b_scale.shape[1] == J and b_scale.shape[0] * BLOCK != J
+def _by_column(b_NK, b_scale):
+  """Scales [J, N], as they are or from those [N / 128, J] of 128 x 128."""
+  N, K = b_NK.shape
+  by_block = b_scale.shape == (N // BLOCK, K // BLOCK)
   return jnp.repeat(b_scale.T, BLOCK, 1) if by_block else b_scale
 
 

@@ -56,11 +56,15 @@ class Tiling:
   stages: blocks of the contraction in shared memory at once (227 KiB in all).
   stripe: tiles in a row before the next row of tiles begins, so that cores at
     work together share operands in the L2 cache.
+  pairs: two neighbouring cores take tiles one below the other and copy the
+    columns' operand once for both, half each. Rows of tiles and the stripe must
+    be even. Not measured, so not chosen.
   """
 
   columns: int = 2
   stages: int = 4
   stripe: int = 8
+  pairs: bool = False
 
 
 class Place(NamedTuple):
@@ -89,17 +93,20 @@ def product(
 
   `b_scale` is [J, N], a scale for 1 x 128, or [N / 128, J], one for 128 x 128.
   """
+  assert out.shape[1] % (tiling.columns * BLOCK) == 0, (out.shape, tiling)
   by_block = b_scale.shape == (len(b_NK) // BLOCK, a_MK.shape[1] // BLOCK)
   pipeline = functools.partial(_pipeline, tiling, by_block)
+  cluster = 2 if tiling.pairs else 1
 
   def fp8_product(*refs):
     *table_refs, a, a_scale, b, b_scale, y = refs
     operands = (a, a_scale, b) if by_block else (a, a_scale, b, b_scale)
 
     def core(buffers, y_buffer):
-      @plgpu.nd_loop((n_tiles,), collective_axes="core")
+      @plgpu.nd_loop((n_tiles // cluster,), collective_axes="core")
       def _(loop):
-        at = place(loop.index[0], *table_refs)
+        tile = loop.index[0] * cluster + lax.axis_index("pair")
+        at = place(tile, *table_refs)
         here = _rows_of(operands, at, tiling.columns)
         step = functools.partial(_step, at, b_scale if by_block else None)
         finish = functools.partial(_store, at, y, y_buffer)
@@ -115,8 +122,10 @@ def product(
   launch = plgpu.kernel(
     fp8_product,
     out_type=out,
-    grid=(min(_cores(), n_tiles),),
+    grid=(min(_cores(), n_tiles) // cluster,),
     grid_names=("core",),
+    cluster=(cluster,),
+    cluster_names=("pair",),
     num_threads=3,
     thread_name="warpgroup",
     compiler_params=plgpu.CompilerParams(
@@ -129,6 +138,10 @@ def product(
 def snake(tile, n_rows: int, n_columns: int, tiling: Tiling):
   """The tile-th place, in blocks: stripes of rows, up and down by columns."""
   grid = n_rows, n_columns
+  assert not (tiling.pairs and (n_rows % 2 or tiling.stripe % 2)), (
+    grid,
+    tiling,
+  )
   row, column = plgpu.planar_snake(tile, grid, 0, tiling.stripe)
   return row, column * tiling.columns
 
@@ -170,10 +183,11 @@ def _pipeline(tiling: Tiling, by_block: bool, step, context, first, steps):
   scales = lambda j: (first + j, 0)
   spec = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM)
   transforms, width = _layout(jnp.float8_e4m3fn), tiling.columns * BLOCK
+  shared = ("pair",) if tiling.pairs else ()
   specs = [
     spec((BLOCK, BLOCK), block, transforms=transforms),
     spec((1, BLOCK), scales),
-    spec((width, BLOCK), block, transforms=transforms),
+    spec((width, BLOCK), block, transforms=transforms, collective_axes=shared),
     spec((1, width), scales),
   ]
   return plgpu.emit_pipeline_warp_specialized(

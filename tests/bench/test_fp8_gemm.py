@@ -42,6 +42,7 @@ def test_every_pass_is_right_and_timed(monkeypatch, capsys):
     assert line["error"] < 4e-3  # half of bfloat16's spacing
     assert 0.03 < line["error_to_bf16"] < 0.04  # 3 bits behind the point, twice
     assert line["ms"].keys() >= {"fp8", "kernel"}
+    assert not line["problems"]
 
 
 def test_wrong_products_are_named_and_not_timed(monkeypatch, capsys):
@@ -52,11 +53,28 @@ def test_wrong_products_are_named_and_not_timed(monkeypatch, capsys):
   )
   monkeypatch.setattr(hopper, "plain_matmul", with_fp8)
   _, lines, end = run(monkeypatch, capsys, SMALL)
-  assert end == "wrong results, not timed: fprop, dgrad, wgrad"
+  assert end == "wrong or failed, not timed: fprop, dgrad, wgrad"
   assert all(
     line["error"] == pytest.approx(0.02, 0.1) for line in lines.values()
   )
   assert not any("ms" in line for line in lines.values())
+
+
+def test_a_product_that_fails_is_named_and_the_others_are_timed(
+  monkeypatch, capsys
+):
+  right = hopper.plain_matmul
+
+  def fails_for_wgrad(*arguments, out_dtype):
+    if out_dtype == jnp.float32 and arguments[0].dtype.itemsize == 1:
+      raise MemoryError("no memory\nat all")
+    return right(*arguments, out_dtype=out_dtype)
+
+  monkeypatch.setattr(hopper, "plain_matmul", fails_for_wgrad)
+  _, lines, end = run(monkeypatch, capsys, SMALL)
+  assert end == "wrong or failed, not timed: wgrad"
+  assert lines["wgrad"]["problem"] == "no memory"
+  assert "ms" in lines["fprop"] and "ms" in lines["dgrad"]
 
 
 @pytest.mark.parametrize(

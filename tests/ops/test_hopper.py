@@ -115,7 +115,9 @@ def assert_near(found, wanted, relative):
 
 
 @pytest.mark.parametrize("by_block", [True, False])
-@pytest.mark.parametrize("M, K, N", [(128, 128, 128), (256, 384, 512)])
+@pytest.mark.parametrize(
+  "M, K, N", [(128, 128, 128), (256, 384, 512), (128, 128 * 128, 128)]
+)
 def test_sec332_plain_product_is_that_of_the_scaled_values(M, K, N, by_block):
   case = dense_case(M, K, N, by_block)
   found = hopper.plain_matmul(*case, out_dtype=jnp.float32)
@@ -175,12 +177,13 @@ def test_sec332_kernel_promotes_blocks_as_the_plain_product():
 
 
 @needs_interpreter
-def test_sec332_kernel_scales_columns_as_the_plain_product():
+@pytest.mark.parametrize("pairs", [False, True])
+def test_sec332_kernel_scales_columns_as_the_plain_product(pairs):
   """Two tiles a core, in which five blocks go through a ring of two: no race."""
   from dsv3.ops.hopper_kernel import Tiling
 
   case = dense_case(256, 640, 256, False)
-  tiling = Tiling(columns=1, stages=2)
+  tiling = Tiling(columns=1, stages=2, pairs=pairs)
   how = {"out_dtype": jnp.float32}
   kernel = interpreted(hopper.matmul, tiling=tiling, races=True, **how)
   assert_near(kernel(*case), hopper.plain_matmul(*case, **how), 1e-6)
@@ -228,13 +231,19 @@ def test_sec35_kernels_compile_to_fp8_tensor_core_instructions():
     text=True,
   )
   assert run.returncode == 0, run.stderr[-2000:]
-  lines = [json.loads(x) for x in run.stdout.splitlines() if x.startswith("{")]
-  kernels = [x for x in lines if not x["product"].startswith("plain_")]
-  assert len(kernels) == len(lines) / 2 == 7
+  lines = [json.loads(x) for x in run.stdout.splitlines()]
+  kernels = [x for x in lines if "wgmma" in x]
+  assert len(kernels) == 8
   for found in kernels:
     assert found["target"] == "sm_90a"
     (instruction,) = found["wgmma"]
     assert instruction.endswith("m64n128k32.f32.e4m3.e4m3")
+    assert (found["shared_copies"] > 0) == (found["product"] == "pairs")
     assert found["wgmmas"] in (4, 8)  # 128 / 32 for each block of columns
     assert found["spill_loads"] < 200  # bytes: a few of 232 registers
     assert found["temp_bytes"] < 10_000  # the tables of the grouped products
+  # Forward and both gradients of a Linear: three kernels, nothing beside them.
+  linears = {x["product"]: x for x in lines if "kernels" in x}
+  assert linears.keys() == {"linear", "experts"}
+  for found in linears.values():
+    assert (found["kernels"], found["other_products"]) == (3, 0)
