@@ -39,11 +39,14 @@ def align(load_E: jax.Array, n_rows: int) -> Aligned:
   first_E, filled_first_E = upto_E - load_E, filled_upto_E - filled_E
 
   def owner(index, upto_E):
-    expert = jnp.searchsorted(upto_E, index, side="right")
+    # All compared at once: a search would be a loop.
+    method = "compare_all"
+    expert = jnp.searchsorted(upto_E, index, side="right", method=method)
     return jnp.minimum(expert, n_experts - 1)
 
   slot_Z, row_A = jnp.arange(n_blocks * BLOCK), jnp.arange(n_rows)
-  expert_Z = owner(slot_Z, filled_upto_E)
+  expert_B = owner(slot_Z[::BLOCK], filled_upto_E)
+  expert_Z = jnp.repeat(expert_B, BLOCK)
   within_Z = slot_Z - filled_first_E[expert_Z]
   filled_Z = within_Z < load_E[expert_Z]
   row_Z = jnp.where(filled_Z, first_E[expert_Z] + within_Z, 0)
@@ -51,7 +54,6 @@ def align(load_E: jax.Array, n_rows: int) -> Aligned:
   inside_A = row_A < upto_E[-1]
   place_A = filled_first_E[expert_A] + row_A - first_E[expert_A]
   place_A = jnp.where(inside_A, place_A, 0)
-  expert_B = expert_Z[::BLOCK]
   return Aligned(row_Z, filled_Z, place_A, inside_A, filled_E, expert_B)
 
 

@@ -22,8 +22,13 @@ BLOCK = hopper.BLOCK
 
 @dataclasses.dataclass(frozen=True)
 class HopperProducts(Products):
-  """Products on FP8 tensor cores; `plain` computes the same in plain JAX."""
+  """Products on FP8 tensor cores.
 
+  Fprop and Dgrad come in `dtype`, and not in float32, which saves the tensor
+  cores' results half of their way. `plain` computes the same in plain JAX.
+  """
+
+  dtype: str = "float32"
   plain: bool = False
 
   def fprop(self, x_MI: Matrix, w_IPO: Matrix, load_E=None) -> jax.Array:
@@ -59,7 +64,7 @@ class HopperProducts(Products):
     return dw_IPO[..., :n_in, :, : panels[1]]
 
   def _rows(self, a: Quantised, b, b_scale, load_E):
-    """Rows of a by b', or by the b' of their expert; float32."""
+    """Rows of a by b', or by the b' of their expert."""
     if load_E is None:
       n_rows, a = len(a.values), _filled(a)
       y = self._call(
@@ -72,15 +77,8 @@ class HopperProducts(Products):
         aligned.spread(a.values, places), aligned.spread(a.scale, places), a.tile
       )
     )
-    y_ZN = self._call(
-      "grouped_matmul",
-      a.values,
-      a.scale.T,
-      b,
-      b_scale,
-      load_E,
-      out_dtype=jnp.float32,
-    )
+    operands = a.values, a.scale.T, b, b_scale, load_E
+    y_ZN = self._call("grouped_matmul", *operands, out_dtype=dtype)
     return aligned.gather(y_ZN, places)
 
   def _call(self, name, *args, **kwargs):
@@ -88,7 +86,7 @@ class HopperProducts(Products):
     return function(*args, **kwargs)
 
 
-def choose(grouped_kernel: str, wanted: str) -> Products:
+def choose(grouped_kernel: str, wanted: str, dtype: str) -> Products:
   """The products of `precision.kernel`: auto, reference or hopper.
 
   "auto" takes the kernels for Hopper where there is one, and says in one line
@@ -98,7 +96,7 @@ def choose(grouped_kernel: str, wanted: str) -> Products:
     return Products(grouped_kernel)
   reason = hopper.why_not(BLOCK)
   if not reason:
-    return HopperProducts(grouped_kernel)
+    return HopperProducts(grouped_kernel, dtype)
   if wanted == "hopper":
     raise ValueError(f"precision.kernel: found hopper, but {reason}")
   _tell_once(reason)
