@@ -65,12 +65,11 @@ class HopperProducts(Products):
 
   def _rows(self, a: Quantised, b, b_scale, load_E):
     """Rows of a by b', or by the b' of their expert."""
+    dtype = jnp.dtype(self.dtype)
     if load_E is None:
       n_rows, a = len(a.values), _filled(a)
-      y = self._call(
-        "matmul", a.values, a.scale.T, b, b_scale, out_dtype=jnp.float32
-      )
-      return y[:n_rows]
+      operands = a.values, a.scale.T, b, b_scale
+      return self._call("matmul", *operands, out_dtype=dtype)[:n_rows]
     places = aligned.align(load_E, len(a.values))
     a = _filled(
       Quantised(
