@@ -1,6 +1,7 @@
 """`dsv3 sweep` and `dsv3 compare`: run what a question asks, read the answer."""
 
 import argparse
+import importlib.util
 import pathlib
 
 import jax
@@ -52,7 +53,8 @@ def compare(arguments: argparse.Namespace) -> None:
 def _answer(asked, found, out: pathlib.Path, *, relative: bool) -> None:
   """The tables, and the same as files."""
   print(table.plain(found), end="\n\n")
-  _write(asked, found, out, relative=relative)
+  if importlib.util.find_spec("matplotlib"):
+    _write(asked, found, out, relative=relative)
   readme = asked.folder / "README.md"
   if out == asked.folder and table.into_readme(readme, table.markdown(found)):
     print(f"{readme}: its table is the one above")
