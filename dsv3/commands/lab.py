@@ -9,7 +9,7 @@ import jax
 from dsv3.config import ConfigError
 from dsv3.eval import heatmap
 from dsv3.lab import compare as comparing
-from dsv3.lab import experiment, local, page, plots, table
+from dsv3.lab import curves, experiment, local, page, plots, table
 from dsv3.lab.board import Board
 
 
@@ -46,6 +46,10 @@ def compare(arguments: argparse.Namespace) -> None:
     )
     for metric in arguments.metric or asked.metrics
   ]
+  if arguments.relative:
+    lines = comparing.whole(comparing.of_arms(asked)[0])
+    notes = curves.relative_notes(lines, found[0].baseline)
+    found[0].notes.extend(notes)
   out = pathlib.Path(arguments.out or asked.folder)
   _answer(asked, found, out, relative=arguments.relative)
 

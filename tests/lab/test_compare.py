@@ -113,6 +113,9 @@ def test_relative_error_is_of_smoothed_curves(place):
   lines, _ = compare.of_arms(trial.load(place))
   found = curves.difference(lines["b"], lines["a"], "loss/main", relative=True)
   assert found.mean == pytest.approx([0.05] * 3)
+  (note,) = curves.relative_notes(lines, "a")
+  assert "of b's training loss, smoothed (0.9): at most 5.00%" in note
+  assert note.endswith("(step 1) and 5.00% in any, +5.00% at the end.")
   smooth = curves.ema([1.0, 2.0, 2.0, None, 2.0])
   assert smooth[:3] == pytest.approx([1.0, 1.1, 1.19])
   assert np.isnan(smooth[3:]).all()
