@@ -29,7 +29,7 @@ class Job:
     """What submitit queues in place of a job that was cut."""
     import submitit
 
-    return submitit.helpers.DelayedSubmission(print)
+    return submitit.helpers.DelayedSubmission(self)
 
 
 def submit(
