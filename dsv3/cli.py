@@ -137,7 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     help="only these arms or runs",
   )
   sweep.add_argument(
-    "--jobs", type=_count, default=1, metavar="N", help="runs at once [1]"
+    "--jobs",
+    type=_count,
+    metavar="N",
+    help="runs at once [1; of an array all]",
   )
   sweep.add_argument(
     "--launcher",

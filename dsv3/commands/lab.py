@@ -29,7 +29,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     return _submit(arguments, asked, waiting, folder)
   with Board(runs, known) as board:
     launcher = local.Local(
-      asked, folder, board, jobs=arguments.jobs, retry=arguments.retry
+      asked, folder, board, jobs=arguments.jobs or 1, retry=arguments.retry
     )
     launcher.run(waiting)
   code = _tell(asked, board, launcher.signum)
@@ -98,17 +98,21 @@ def _submit(arguments, asked, waiting, folder: pathlib.Path) -> int:
   words += [f"--seeds={arguments.seeds}"] if arguments.seeds else []
   words += ["--retry"] if arguments.retry else []
   words += [f"--config.{override}" for override in arguments.overrides]
+  if not waiting:
+    print(f"{asked.results}: nothing is left to run")
+    return 0
+  at_once = arguments.jobs or len(waiting)
   jobs = slurm.submit(
     [slurm.command(words, run) for run in waiting],
     folder / "slurm",
     name=f"dsv3-{asked.name}",
-    at_once=arguments.jobs,
+    at_once=at_once,
     parameters=arguments.slurm,
   )
   for run, job in zip(waiting, jobs):
     print(f"{job.job_id}  {run}")
   print(
-    f"{len(jobs)} jobs, {arguments.jobs} at once; logs in {folder / 'slurm'}; "
+    f"{len(jobs)} jobs, {at_once} at once; logs in {folder / 'slurm'}; "
     f"dsv3 sweep {arguments.folder} --list says what has ended"
   )
   return 0

@@ -145,6 +145,20 @@ def test_a_signal_stops_the_runs_and_records_none_of_them(place, monkeypatch):
   assert (line["name"], line["error"]) == ("a", None)
 
 
+def test_a_signal_that_is_ignored_stays_so(place):
+  """As SIGHUP under nohup: the sweep goes on when the terminal has gone."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    asked = trial.load(place)
+    launcher = local.Local(asked, place / "runs", Board(asked.runs, {}))
+    with launcher._signals():
+      os.kill(os.getpid(), signal.SIGHUP)
+    assert launcher.signum is None
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_a_longer_run_takes_a_folder_of_its_own(place):
   """It must not go on from the shorter one: its schedule is another."""
   runs = place.parents[1] / "runs"
