@@ -125,7 +125,7 @@ class Process:
     }
     line |= summary.of_run(run, self.workdir)
     # Of a run with several starts nobody has watched the whole.
-    seconds = round(time.monotonic() - self._started, 1)
+    seconds = round(time.monotonic() - self._started, 2)
     return line | {"wall_seconds": seconds if line.get("starts") == 1 else None}
 
   def _error(self, code: int) -> str:
