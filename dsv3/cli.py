@@ -130,7 +130,30 @@ def _parser() -> argparse.ArgumentParser:
     help="only that run of --list, for array jobs",
   )
   sweep.add_argument(
-    "--jobs", type=_count, default=1, metavar="N", help="runs at once [1]"
+    "--only",
+    type=lambda text: text.split(","),
+    default=[],
+    metavar="NAME,NAME",
+    help="only these arms or runs",
+  )
+  sweep.add_argument(
+    "--jobs",
+    type=_count,
+    metavar="N",
+    help="runs at once [1; of an array all]",
+  )
+  sweep.add_argument(
+    "--launcher",
+    choices=("local", "slurm"),
+    default="local",
+    help="processes here, or a Slurm array by submitit [local]",
+  )
+  sweep.add_argument(
+    "--slurm",
+    type=_settings,
+    default={},
+    metavar="KEY=VALUE,...",
+    help="of submitit: slurm_partition, timeout_min, gpus_per_node, ...",
   )
   sweep.add_argument(
     "--retry", action="store_true", help="those that have failed too"
@@ -338,6 +361,14 @@ def _list_of(kind: Callable):
     return sorted({kind(part) for part in text.split(",")})
 
   return read
+
+
+def _settings(text: str) -> dict[str, int | str]:
+  """`key=value` with commas between them; whole numbers are numbers."""
+  pairs = [part.partition("=") for part in text.split(",") if part]
+  if bad := [key for key, equals, _ in pairs if not equals]:
+    raise argparse.ArgumentTypeError(f"found {bad[0]}, wanted key=value")
+  return {k: int(v) if v.isdigit() else v for k, _, v in pairs}
 
 
 def _whole(text: str) -> int:

@@ -1,14 +1,16 @@
 """`dsv3 sweep` and `dsv3 compare`: run what a question asks, read the answer."""
 
 import argparse
+import importlib.util
 import pathlib
+from collections.abc import Sequence
 
 import jax
 
 from dsv3.config import ConfigError
 from dsv3.eval import heatmap
 from dsv3.lab import compare as comparing
-from dsv3.lab import experiment, local, page, plots, table
+from dsv3.lab import curves, experiment, index, local, page, plots, slurm, table
 from dsv3.lab.board import Board
 
 
@@ -17,26 +19,35 @@ def sweep(arguments: argparse.Namespace) -> int:
   # Counts parameters, no more: the accelerator is for the runs.
   jax.config.update("jax_platforms", "cpu")
   asked = _experiment(arguments)
-  runs = _chosen(asked, arguments.index)
+  runs = _chosen(asked, arguments.index, arguments.only)
   waiting, known = local.left(asked, runs, retry=arguments.retry)
   if arguments.list:
     _list(asked, known)
     return 0
   folder = pathlib.Path(arguments.runs or f"runs/{asked.name}")
+  if arguments.launcher == "slurm":
+    return _submit(arguments, asked, waiting, folder)
   with Board(runs, known) as board:
     launcher = local.Local(
-      asked, folder, board, jobs=arguments.jobs, retry=arguments.retry
+      asked, folder, board, jobs=arguments.jobs or 1, retry=arguments.retry
     )
     launcher.run(waiting)
   code = _tell(asked, board, launcher.signum)
-  if arguments.index is None and board.count("done") == len(runs):
+  if len(runs) == len(asked.runs) and board.count("done") == len(runs):
     found = [comparing.compare(asked, metric) for metric in asked.metrics]
     _answer(asked, found, asked.folder, relative=False)
   return code
 
 
 def compare(arguments: argparse.Namespace) -> None:
-  """Says which arms differ; writes pictures, page and the README's table."""
+  """Says which arms differ; writes pictures, page and the README's table.
+
+  Of the folder of all experiments: the table of their verdicts.
+  """
+  folder = pathlib.Path(arguments.folder)
+  if not (folder / "sweep.py").exists() and list(folder.glob("*/sweep.py")):
+    print(f"{index.write(folder)}: the table of all experiments")
+    return
   heatmap.figure_class()  # a missing package is told before the work
   asked = _experiment(arguments)
   found = [
@@ -45,6 +56,10 @@ def compare(arguments: argparse.Namespace) -> None:
     )
     for metric in arguments.metric or asked.metrics
   ]
+  if arguments.relative:
+    lines = comparing.whole(comparing.of_arms(asked)[0])
+    notes = curves.relative_notes(lines, found[0].baseline)
+    found[0].notes.extend(notes)
   out = pathlib.Path(arguments.out or asked.folder)
   _answer(asked, found, out, relative=arguments.relative)
 
@@ -52,7 +67,8 @@ def compare(arguments: argparse.Namespace) -> None:
 def _answer(asked, found, out: pathlib.Path, *, relative: bool) -> None:
   """The tables, and the same as files."""
   print(table.plain(found), end="\n\n")
-  _write(asked, found, out, relative=relative)
+  if importlib.util.find_spec("matplotlib"):
+    _write(asked, found, out, relative=relative)
   readme = asked.folder / "README.md"
   if out == asked.folder and table.into_readme(readme, table.markdown(found)):
     print(f"{readme}: its table is the one above")
@@ -76,9 +92,44 @@ def _experiment(arguments: argparse.Namespace) -> experiment.Experiment:
   return experiment.load(arguments.folder, seeds, arguments.overrides)
 
 
-def _chosen(asked: experiment.Experiment, index: int | None):
+def _submit(arguments, asked, waiting, folder: pathlib.Path) -> int:
+  """Hands the runs to Slurm and does not wait for them."""
+  words = [arguments.folder, f"--runs={folder}"]
+  words += [f"--seeds={arguments.seeds}"] if arguments.seeds else []
+  words += ["--retry"] if arguments.retry else []
+  words += [f"--config.{override}" for override in arguments.overrides]
+  if not waiting:
+    print(f"{asked.results}: nothing is left to run")
+    return 0
+  at_once = arguments.jobs or len(waiting)
+  jobs = slurm.submit(
+    [slurm.command(words, run) for run in waiting],
+    folder / "slurm",
+    name=f"dsv3-{asked.name}",
+    at_once=at_once,
+    parameters=arguments.slurm,
+  )
+  for run, job in zip(waiting, jobs):
+    print(f"{job.job_id}  {run}")
+  print(
+    f"{len(jobs)} jobs, {at_once} at once; logs in {folder / 'slurm'}; "
+    f"dsv3 sweep {arguments.folder} --list says what has ended"
+  )
+  return 0
+
+
+def _chosen(
+  asked: experiment.Experiment, index: int | None, only: Sequence[str]
+) -> Sequence[experiment.Run]:
+  """Those that --index or --only ask for."""
+  names = lambda run: {run.name, str(run), f"{run.id}-s{run.seed}"}
+  if strange := sorted(set(only).difference(*map(names, asked.runs))):
+    raise ConfigError(
+      f"--only: found {strange[0]}, wanted an arm ({', '.join(asked.arms)}) or "
+      "a run of --list"
+    )
   if index is None:
-    return asked.runs
+    return [run for run in asked.runs if not only or names(run) & set(only)]
   if index >= len(asked.runs):
     raise ConfigError(
       f"--index: found {index}, wanted 0 to {len(asked.runs) - 1}: "

@@ -111,7 +111,8 @@ class Board:
       return
     self._said[run] = now
     _, step, loss, *_, left = self._cells(run)
-    print(f"{run}: step {step}, loss {loss}, {left} left", flush=True)
+    end = f", {left} left" * bool(left)
+    print(f"{run}: step {step}, loss {loss}{end}", flush=True)
 
   def _read(self, run: Run) -> None:
     """The last logged step."""

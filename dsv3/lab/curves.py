@@ -1,6 +1,6 @@
 """Curves out of results: smoothed, paired by seed, a mean and a range an arm."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +65,29 @@ def difference(
     d = ours[1] - at
     found.append((ours[0], d / at if relative else d))
   return _joined(found)
+
+
+def relative_notes(lines: Mapping[str, Sequence[Line]], base: str) -> list[str]:
+  """How far every arm's smoothed training loss is from the baseline's.
+
+  Of the mean over seeds, and of any seed; the first tenth, where losses fall
+  by the step, is left out.
+  """
+  out = []
+  for name, ours in lines.items():
+    gap = difference(ours, lines[base], "loss/main", relative=True)
+    if gap is None or name == base:
+      continue
+    kept = gap.x >= gap.x[-1] / 10
+    mean = np.abs(gap.mean[kept])
+    any_seed = np.maximum(np.abs(gap.low), np.abs(gap.high))[kept]
+    out.append(
+      f"Relative error of {name}'s training loss, smoothed ({DECAY}): at most "
+      f"{mean.max():.2%} on average over seeds (step "
+      f"{gap.x[kept][mean.argmax()]:.0f}) and {any_seed.max():.2%} in any, "
+      f"{gap.mean[-1]:+.2%} at the end."
+    )
+  return out
 
 
 def _of_run(line: Line, name: str, x: str, decay: float):

@@ -13,6 +13,7 @@ the report's. Its name is for people; a changed base or length is another run.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -93,7 +94,7 @@ def load(
   if not isinstance(base, str) or not callable(getattr(module, "runs", None)):
     raise ConfigError(f"{path}: found no BASE and runs(), wanted both")
   beside = folder / (base if base.endswith(".py") else f"{base}.py")
-  base = str(beside.resolve()) if beside.is_file() else base
+  base = str(beside) if beside.is_file() else base
   if seeds is None:
     seeds = getattr(module, "SEEDS", range(3))
   try:
@@ -113,7 +114,10 @@ def load(
 
 
 def _listed(found: Any, seeds: Sequence[int]) -> sweep.Sweep:
-  """Arms under their seeds."""
+  """Arms under their seeds: all of the first seed, then of the second, ...
+
+  So that a sweep which is cut, or grows, has as many seeds of every arm.
+  """
   out = []
   for arm in found:
     if not isinstance(arm, (tuple, list)) or len(arm) != 2:
@@ -125,11 +129,13 @@ def _listed(found: Any, seeds: Sequence[int]) -> sweep.Sweep:
       )
     if not isinstance(diff, Mapping):
       raise ConfigError(f"{name}: found {diff!r}, wanted a dict of dotted keys")
-    has_seed = sweep.SEED in diff
-    out += [(name, diff)] if has_seed else sweep.seeds([(name, diff)], seeds)
+    out.append([(name, diff)])
+    if sweep.SEED not in diff:
+      out[-1] = sweep.seeds(out[-1], seeds)
   if not out:
     raise ConfigError("runs(): found no arm, wanted at least one")
-  return out
+  rounds = itertools.zip_longest(*out)
+  return [arm for arms in rounds for arm in arms if arm is not None]
 
 
 def _run(path, base, overrides, name: str, diff: Mapping[str, Any]) -> Run:

@@ -80,7 +80,9 @@ class Local:
   def _signals(self) -> Iterator[None]:
     """The first asks the runs to save and stop; a second Ctrl-C stops at once."""
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {s: signal.signal(s, self._catch) for s in names}
+    # What is ignored stays so: under nohup the end of a terminal is no reason.
+    heard = [s for s in names if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, self._catch) for s in heard}
     try:
       yield
     finally:

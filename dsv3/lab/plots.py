@@ -65,7 +65,8 @@ def _curves(axis, lines: dict[str, list[Line]], name: str, x: str) -> None:
       floor += list(curve.mean[np.isfinite(curve.mean)])
   if floor:  # the first steps would press all arms into one line
     low, high = min(floor), float(np.quantile(floor, 0.9))
-    axis.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+    margin = max(high - low, 1e-3)
+    axis.set_ylim(low - 0.05 * margin, high + 0.1 * margin)
 
 
 def _gaps(axis, found: Comparison, lines, x: str, relative: bool) -> None:
@@ -155,5 +156,5 @@ def svg(figure) -> str:
 
   with matplotlib.rc_context({"svg.hashsalt": "dsv3", "svg.fonttype": "none"}):
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
   return out.getvalue()

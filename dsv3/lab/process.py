@@ -84,7 +84,7 @@ class Process:
       stdin=subprocess.DEVNULL,
       stdout=self._log,
       stderr=subprocess.STDOUT,
-      env=_environment(share),
+      env=environment(share),
       pass_fds=[held.fileno()],
       start_new_session=True,  # Ctrl-C comes once, from the launcher
     )
@@ -125,7 +125,7 @@ class Process:
     }
     line |= summary.of_run(run, self.workdir)
     # Of a run with several starts nobody has watched the whole.
-    seconds = round(time.monotonic() - self._started, 1)
+    seconds = round(time.monotonic() - self._started, 2)
     return line | {"wall_seconds": seconds if line.get("starts") == 1 else None}
 
   def _error(self, code: int) -> str:
@@ -149,7 +149,7 @@ def _stopped_by(code: int) -> bool:
   return any(code in (-signum, 128 + signum) for signum in _STOPS)
 
 
-def _environment(share: int) -> dict[str, str]:
+def environment(share: int) -> dict[str, str]:
   """This process's own, and this dsv3 first; `share` runs fill a GPU."""
   root = str(pathlib.Path(__file__).parents[2])
   paths = [root, os.environ.get("PYTHONPATH", "")]

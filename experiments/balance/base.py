@@ -3,7 +3,7 @@
 BASE = "tiny"
 DIFF = {
   "name": "balance",
-  "train.steps": 300,
+  "train.steps": 200,
   "train.log_every": 1,
   "train.eval_every": 100,
   "train.checkpoint_every": 100,

@@ -11,16 +11,15 @@ HEAD = "from dsv3.lab.sweep import *\nBASE = 'base'\n"
 
 def test_every_arm_comes_under_every_seed(tmp_path):
   asked = trial.load(trial.write(tmp_path))
-  assert [str(run) for run in asked.runs] == ["a-s0", "a-s1", "b-s0", "b-s1"]
+  assert [str(run) for run in asked.runs] == ["a-s0", "b-s0", "a-s1", "b-s1"]
   assert asked.arms == ["a", "b"] and asked.name == "q"
-  assert [run.values.train.seed for run in asked.runs] == [0, 1, 0, 1]
-  assert [run.diff for run in asked.runs[1:3]] == [
-    {},
-    {"schedule.lr_peak": 0.002},
-  ]
+  assert [run.values.train.seed for run in asked.runs] == [0, 0, 1, 1]
+  assert asked.runs[0].diff == asked.runs[2].diff == {}
+  assert asked.runs[1].diff == {"schedule.lr_peak": 0.002}
   assert len({run.id for run in asked.runs}) == 2
   more = experiment.load(tmp_path / "experiments/q", range(5))
-  assert len(more.runs) == 10 and more.runs[0].id == asked.runs[0].id
+  assert len(more.runs) == 10
+  assert [run.key for run in more.runs[:4]] == [run.key for run in asked.runs]
 
 
 def test_a_diff_is_computed_so_what_the_base_says_is_no_diff(tmp_path):

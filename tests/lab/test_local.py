@@ -145,6 +145,20 @@ def test_a_signal_stops_the_runs_and_records_none_of_them(place, monkeypatch):
   assert (line["name"], line["error"]) == ("a", None)
 
 
+def test_a_signal_that_is_ignored_stays_so(place):
+  """As SIGHUP under nohup: the sweep goes on when the terminal has gone."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    asked = trial.load(place)
+    launcher = local.Local(asked, place / "runs", Board(asked.runs, {}))
+    with launcher._signals():
+      os.kill(os.getpid(), signal.SIGHUP)
+    assert launcher.signum is None
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_a_longer_run_takes_a_folder_of_its_own(place):
   """It must not go on from the shorter one: its schedule is another."""
   runs = place.parents[1] / "runs"
@@ -182,8 +196,8 @@ def test_sweep_trains_records_and_resumes_for_real(
   micro.write_config(place / "base.py", micro.write_corpus(tmp_path))
   assert cli.main(["sweep", str(place), "--list"]) == 0
   said = capsys.readouterr().out.splitlines()
-  assert said[3].split() == ["2", "b-s0", "to", "run", "schedule.lr_peak=0.002"]
-  assert cli.main(["sweep", str(place), "--index=2"]) == 0
+  assert said[2].split() == ["1", "b-s0", "to", "run", "schedule.lr_peak=0.002"]
+  assert cli.main(["sweep", str(place), "--index=1"]) == 0
   line = trial.lines(place)[0]
   assert (line["name"], line["seed"], line["error"]) == ("b", 0, None)
   assert line["steps"] == 8 and line["tokens"] == 8 * 4 * 32
@@ -193,10 +207,10 @@ def test_sweep_trains_records_and_resumes_for_real(
   assert line["flops"] > line["tokens"] * line["active_parameters"]
   # As if the sweep had been killed after the run and before its line.
   (place / "results.jsonl").unlink()
-  assert cli.main(["sweep", str(place), "--index=2"]) == 0
+  assert cli.main(["sweep", str(place), "--index=1"]) == 0
   again = trial.lines(place)[0]
   assert again["final"] == line["final"] and again["curve"] == line["curve"]
   assert (again["starts"], again["wall_seconds"]) == (2, None)
-  assert "2: b-s0" not in capsys.readouterr().out
+  assert "1: b-s0" not in capsys.readouterr().out
   assert cli.main(["sweep", str(place), "--index=4"]) == 2
   assert "wanted 0 to 3" in capsys.readouterr().err

@@ -1,18 +1,25 @@
 """results.jsonl: no line lost, none in pieces, the last one of a run counts."""
 
-import multiprocessing
+import subprocess
+import sys
 
 import pytest
 
 from dsv3.config import ConfigError
 from dsv3.lab import results, summary
+from dsv3.lab.process import environment
 
 LINE = {"id": "a", "seed": 0, "error": None}
 
 
-def _append(path, writer):
-  for i in range(50):
-    results.append(path, LINE | {"seed": 100 * writer + i, "text": "x" * 9000})
+WRITER = """
+import pathlib, sys
+from dsv3.lab import results
+path, writer = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+for i in range(50):
+  line = {"id": "a", "seed": 100 * writer + i, "text": "x" * 9000}
+  results.append(path, line)
+"""
 
 
 def test_writers_at_once_lose_no_line(tmp_path):
@@ -20,12 +27,13 @@ def test_writers_at_once_lose_no_line(tmp_path):
   path.write_text(
     '{"id": "a", "seed": 9999, "err'
   )  # of a writer that was killed
-  fork = multiprocessing.get_context("fork")
-  writers = [fork.Process(target=_append, args=(path, w)) for w in range(4)]
-  for writer in writers:
-    writer.start()
-  for writer in writers:
-    writer.join()
+  writers = [
+    subprocess.Popen(
+      [sys.executable, "-c", WRITER, str(path), str(w)], env=environment(1)
+    )
+    for w in range(4)
+  ]
+  assert [writer.wait() for writer in writers] == [0] * 4
   found = results.read(path)
   assert {seed for _, seed in found} == {
     100 * w + i for w in range(4) for i in range(50)

@@ -8,7 +8,7 @@ import json
 import pathlib
 import sys
 
-from dsv3.lab import experiment
+from dsv3.lab import experiment, results
 from dsv3.train import run as run_folder
 from tests import micro
 
@@ -77,3 +77,43 @@ def lines(place: pathlib.Path) -> list[dict]:
 
 def load(place: pathlib.Path, *overrides: str) -> experiment.Experiment:
   return experiment.load(place, None, overrides)
+
+
+def result(run: experiment.Run, loss: float, **more) -> dict:
+  """A line of results.jsonl as of a run of 40 steps that ended at `loss`."""
+  steps = list(range(1, 41))
+  line = {
+    "name": run.name,
+    "seed": run.seed,
+    "id": run.id,
+    "diff": run.diff,
+    "error": None,
+    "steps": 40,
+    "tokens": 40 * 128,
+    "flops": 1e9,
+    "parameters": 1000,
+    "final": {"loss": loss, "bits_per_byte": loss / 0.69, "max_vio": 0.5},
+    "best": {"loss": loss + 0.1},
+    "train": {"accuracy/main": 0.5},
+    "commit": "abcdef0123",
+    "dirty": False,
+    "device": {"kind": "cpu"},
+    "versions": {"jax": "0"},
+    "corpus": [["text", "x", 3]],
+    "wall_seconds": 9.0,
+    "curve": {
+      "step": steps,
+      "loss/main": [loss + 3 * 0.9**s for s in steps],
+      "max_vio": [0.5] * 40,
+    },
+  }
+  return line | more
+
+
+def record(place: pathlib.Path, losses: dict[str, list[float]], **more) -> None:
+  """Results of arms a and b: a loss a seed."""
+  for run in load(place).runs:
+    if run.seed < len(losses[run.name]):
+      changed = more.get(run.name, {})
+      line = result(run, losses[run.name][run.seed], **changed)
+      results.append(place / "results.jsonl", line)

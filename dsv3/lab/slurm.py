@@ -1,0 +1,74 @@
+"""Runs of a sweep as a Slurm array, by submitit: `pip install "dsv3[slurm]"`.
+
+A job is `dsv3 sweep --only=ONE` on a node, which claims its run, goes on with it
+and writes its line, as on any other machine of the file system. So nothing has
+to wait for the jobs, and one that is preempted goes on where it was.
+"""
+
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsv3.config import ConfigError
+from dsv3.lab.process import environment
+
+
+class Job:
+  """A command on a node; asked for again when it is preempted or times out."""
+
+  def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
+    self.command, self.environment = list(command), dict(environment)
+
+  def __call__(self) -> int:
+    """Exit code: a run that failed is in the results and no failed job."""
+    return subprocess.run(self.command, env=self.environment).returncode
+
+  def checkpoint(self, *args, **kwargs):
+    """What submitit queues in place of a job that was cut."""
+    import submitit
+
+    return submitit.helpers.DelayedSubmission(self)
+
+
+def submit(
+  commands: Sequence[Sequence[str]],
+  folder: pathlib.Path,
+  *,
+  name: str,
+  at_once: int,
+  parameters: Mapping[str, Any],
+  cluster: str = "slurm",
+) -> list[Any]:
+  """submitit's jobs, one a command; their logs are in `folder`.
+
+  `parameters` are those of `submitit.AutoExecutor.update_parameters`, as
+  timeout_min, gpus_per_node, slurm_partition. `cluster` local: processes here.
+  Raises ConfigError without the package, without Slurm or for a parameter that
+  there is not.
+  """
+  try:
+    import submitit
+  except ImportError as error:
+    raise ConfigError(
+      '--launcher=slurm: wanted the package submitit: pip install "dsv3[slurm]"'
+    ) from error
+  try:
+    executor = submitit.AutoExecutor(folder, cluster=cluster)
+    executor.update_parameters(
+      name=name, slurm_array_parallelism=at_once, **parameters
+    )
+  except (RuntimeError, NameError, ValueError, AssertionError) as error:
+    reason = str(error).strip().split("\n")[0][:200]
+    raise ConfigError(f"--launcher=slurm: {reason}") from error
+  jobs = [Job(command, environment(1)) for command in commands]
+  with executor.batch():
+    return [executor.submit(job) for job in jobs]
+
+
+def command(words: Sequence[str], run: Any) -> list[str]:
+  """`dsv3 sweep` for one run, by what it computes."""
+  return [
+    sys.executable, "-m", "dsv3", "sweep", *words, f"--only={run.id}-s{run.seed}"
+  ]  # fmt: skip

@@ -1,0 +1,69 @@
+"""Array jobs, on submitit's executor of local processes."""
+
+import pytest
+
+from dsv3 import cli
+from dsv3.commands import lab
+from dsv3.config import ConfigError
+from dsv3.lab import slurm
+from dsv3.lab.process import environment
+from tests.lab import trial
+
+
+def test_a_job_claims_its_run_and_writes_its_line(tmp_path, monkeypatch):
+  """A real job, whose run ends at once: its text is not there."""
+  monkeypatch.chdir(tmp_path)
+  for name, value in environment(1).items():  # as where dsv3 is installed
+    monkeypatch.setenv(name, value)
+  place = trial.write(tmp_path, data__sources=("nowhere/text.txt",))
+  run = trial.load(place).runs[3]
+  words = [str(place), "--runs=runs/q"]
+  (job,) = slurm.submit(
+    [slurm.command(words, run)],
+    tmp_path / "slurm",
+    name="q",
+    at_once=2,
+    parameters={"timeout_min": 5},
+    cluster="local",
+  )
+  assert job.result() == 1
+  (line,) = trial.lines(place)
+  assert (line["name"], line["seed"], line["id"]) == ("b", 1, run.id)
+  assert "nowhere/text.txt" in line["error"]
+
+
+def test_a_job_that_is_cut_is_asked_for_again():
+  job = slurm.Job(["true"], {})
+  assert job.checkpoint().function is job
+  assert job() == 0
+
+
+def test_what_slurm_does_not_know_is_one_line(tmp_path, monkeypatch, capsys):
+  with pytest.raises(ConfigError, match="--launcher=slurm: .*minutes"):
+    slurm.submit(
+      [["true"]],
+      tmp_path,
+      name="q",
+      at_once=1,
+      parameters={"minutes": 5},
+      cluster="local",
+    )
+  place = trial.write(tmp_path)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
+  assert cli.main(["sweep", str(place), "--launcher=slurm"]) == 2
+  said = capsys.readouterr().err
+  assert said.startswith("dsv3: error: --launcher=slurm: ")
+  assert said.count("\n") == 1
+
+
+def test_only_takes_arms_and_runs(tmp_path):
+  place = trial.write(tmp_path)
+  asked = trial.load(place)
+  chosen = lambda *only: [str(run) for run in lab._chosen(asked, None, only)]
+  assert chosen() == ["a-s0", "b-s0", "a-s1", "b-s1"]
+  assert chosen("b") == ["b-s0", "b-s1"]
+  assert chosen("b-s1", "a-s0") == ["a-s0", "b-s1"]
+  assert chosen(f"{asked.runs[0].id}-s1") == ["a-s1"]
+  with pytest.raises(ConfigError, match="found c, wanted an arm"):
+    chosen("c")
