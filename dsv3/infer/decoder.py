@@ -130,8 +130,9 @@ class Decoder:
 
 
 def _network(model: config.Model, dtype: str) -> Network:
-  """The network of a config, computing in `dtype`."""
-  values = dataclasses.replace(model, dtype=dtype)
+  """The network of a config, computing in `dtype`; no operand is quantised."""
+  high = dataclasses.replace(model.precision, recipe="bf16", changes=())
+  values = dataclasses.replace(model, dtype=dtype, precision=high)
   return Network(make_model(values, jax.random.key(0)))
 
 

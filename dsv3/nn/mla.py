@@ -82,7 +82,9 @@ class Mla(nnx.Module):
   ) -> tuple[jax.Array, jax.Array]:
     """The latent c_kv (normed) and the shared rotated key (Eq. 1, 3)."""
     with jax.named_scope("eq1"):
-      c_kv_BLC = checkpoint_name(linear(self.gemm.dot, h_BLD, self.w_dkv), "c_kv")
+      c_kv_BLC = checkpoint_name(
+        linear(self.gemm.dot, h_BLD, self.w_dkv), "c_kv"
+      )
     with jax.named_scope("eq3"):
       k_r_BLR = checkpoint_name(linear(self.gemm.dot, h_BLD, self.w_kr), "k_r")
       k_r_BLR = rope.rotate(k_r_BLR[:, :, None], frequencies_R, offset)[:, :, 0]

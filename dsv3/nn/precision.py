@@ -105,7 +105,11 @@ def prepare(
     copies = jax.vmap(lambda m, p, passes=passes: weight_copies(passes, m, p))
     fprop, dgrad = copies(master, past)
     prepared[name] = Weight(
-      None, fprop, dgrad, past=past, high=_high(name, len(master), model, memory)
+      None,
+      fprop,
+      dgrad,
+      past=past,
+      high=_high(name, len(master), model, memory),
     )
   return prepared
 

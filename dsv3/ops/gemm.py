@@ -102,7 +102,9 @@ def fp8(
     low = lambda: _observed(passes, inputs, weight, load_E)
     if weight.high is None:
       return low()
-    high = lambda: linear(high_of(passes), inputs, Weight(weight.master), load_E)
+    high = lambda: linear(
+      high_of(passes), inputs, Weight(weight.master), load_E
+    )
     return jax.lax.cond(weight.high, high, low)
 
   def dot(x, w, role=""):
@@ -120,9 +122,7 @@ def fp8(
   def grouped_swiglu_dot(inputs, w, load_E, role=""):
     return under(role, inputs, w, load_E, swiglu=True)
 
-  return Gemm(
-    dtype, dot, grouped_dot, swiglu_dot, grouped_swiglu_dot, recipe
-  )
+  return Gemm(dtype, dot, grouped_dot, swiglu_dot, grouped_swiglu_dot, recipe)
 
 
 def passes_of(

@@ -73,7 +73,9 @@ class HopperProducts(Products):
     places = aligned.align(load_E, len(a.values))
     a = _filled(
       Quantised(
-        aligned.spread(a.values, places), aligned.spread(a.scale, places), a.tile
+        aligned.spread(a.values, places),
+        aligned.spread(a.scale, places),
+        a.tile,
       )
     )
     operands = a.values, a.scale.T, b, b_scale, load_E

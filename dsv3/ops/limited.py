@@ -188,7 +188,5 @@ def _elements(q: Quantised, turn=lambda x: x, turn_scale=None):
 def _beside(x, every, fill):
   """[..., P, O] as [..., P x O], every panel filled up to whole moves."""
   beyond = -x.shape[-1] % every
-  x = jnp.pad(
-    x, [(0, 0)] * (x.ndim - 1) + [(0, beyond)], constant_values=fill
-  )
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, beyond)], constant_values=fill)
   return x.reshape(*x.shape[:-2], -1)

@@ -64,8 +64,9 @@ def weight_copies(
   passes: Passes, master: jax.Array, past=None
 ) -> tuple[Quantised | None, Quantised | None]:
   """Copies of a weight for Fprop and Dgrad; None for the same as Fprop's."""
-  copy = lambda how: how and quantise(
-    master, how, panels=1, scale=_delayed(past, W, how, master)
+  copy = lambda how: (
+    how
+    and quantise(master, how, panels=1, scale=_delayed(past, W, how, master))
   )
   same = passes.dgrad_w == passes.fprop_w
   return copy(passes.fprop_w), None if same else copy(passes.dgrad_w)

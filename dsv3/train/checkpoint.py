@@ -288,9 +288,7 @@ def _is_there(item: str, tree: Any, meta: Mapping[str, Any]) -> bool:
   wanted = _shapes({item: _by_name(tree)})
   stored = meta.get("shapes", {})
   return wanted == {
-    name: shape
-    for name, shape in stored.items()
-    if name.startswith(f"{item}/")
+    name: shape for name, shape in stored.items() if name.startswith(f"{item}/")
   }
 
 

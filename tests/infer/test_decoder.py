@@ -130,6 +130,14 @@ def test_capacities_are_few(n, wanted):
   assert len(sizes) < 25 and all(i <= cache.round_up(i) for i in range(1, 4097))
 
 
+def test_a_model_of_an_fp8_recipe_decodes_in_high_precision(model):
+  low = make({"model.precision.recipe": "deepseek_v3"})
+  tokens = prompts_of(12)
+  found, wanted = (Decoder(m).prefill(tokens, 4)[0] for m in (low, model))
+  np.testing.assert_array_equal(found, wanted)
+  assert not np.array_equal(full_logits(low, tokens[0]), wanted)
+
+
 def test_a_cache_in_fp8_is_near_the_forward_pass(model):
   (tokens,) = prompts_of(40)
   wanted_LW = full_logits(model, tokens)

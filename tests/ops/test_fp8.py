@@ -129,7 +129,9 @@ def test_power_of_two_scales_make_requantising_exact():
 @pytest.mark.parametrize("form", fp8.FORMATS)
 def test_stochastic_rounding_is_unbiased_and_to_a_neighbour(form):
   table = oracle.TABLES[form]
-  x = np.float32([0.3 * table[1], 1.0 + 0.3 * 2.0 ** -fp8.FORMATS[form].mantissa])
+  x = np.float32(
+    [0.3 * table[1], 1.0 + 0.3 * 2.0 ** -fp8.FORMATS[form].mantissa]
+  )
   one, n = jnp.ones((1, 1), jnp.float32), 20_000
   q = fp8.quantise(
     jnp.broadcast_to(x, (n, 2)),
@@ -162,5 +164,7 @@ def test_stochastic_rounding_leaves_what_needs_none():
   "text", ["", "fp8", "e4m3", "e4m3 128", "e4m3 1x0", "e4m3 1x-1", "e4m3 1x1 x"]
 )
 def test_an_operand_that_is_none_is_named(text):
-  with pytest.raises(ValueError, match=f"found '{text}', wanted bf16 or FORMAT"):
+  with pytest.raises(
+    ValueError, match=f"found '{text}', wanted bf16 or FORMAT"
+  ):
     fp8.operand(text)

@@ -73,7 +73,9 @@ def test_hopper_sums_without_promotion_are_worse():
     change = [f"accumulation={accumulation}"]
     recipe = recipes.recipe("per_tensor", change)
     y = jax.jit(gemm.make(recipe, "float32").dot)(x, w)
-    exact = jax.jit(gemm.make(recipes.recipe("per_tensor"), "float32").dot)(x, w)
+    exact = jax.jit(gemm.make(recipes.recipe("per_tensor"), "float32").dot)(
+      x, w
+    )
     return np.linalg.norm(y - exact) / np.linalg.norm(exact)
 
   assert error("hopper") > 3 * error("promoted") > 0

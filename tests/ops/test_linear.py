@@ -109,7 +109,9 @@ def per_expert(function, load, *rows):
 
 
 @pytest.mark.parametrize("load", LOADS, ids=str)
-@pytest.mark.parametrize("name", ["deepseek_v3", "blockwise_128", "mxfp8", "hopper"])
+@pytest.mark.parametrize(
+  "name", ["deepseek_v3", "blockwise_128", "mxfp8", "hopper"]
+)
 def test_sec33_grouped_is_each_expert_alone(name, load):
   """Tiles along rows begin anew with each expert; rows past them are zeros."""
   recipe, products = named(name)
@@ -117,9 +119,7 @@ def test_sec33_grouped_is_each_expert_alone(name, load):
   w = np.stack([w * (e + 1) for e in range(4)])
   load_E, n = jnp.array(load, jnp.int32), sum(load)
   dot = gemm.make(recipe, "float32", products=products).grouped_dot
-  found = run(
-    lambda x, w: dot(x, w, load_E, role="expert_in"), x, w, dy
-  )
+  found = run(lambda x, w: dot(x, w, load_E, role="expert_in"), x, w, dy)
   rules = as_oracle(recipe, "expert_in")
   wanted = per_expert(
     lambda e, x, dy: oracle.linear(rules, x, w[e], dy) if len(x) else None,
@@ -215,7 +215,12 @@ def test_delayed_scales_are_of_earlier_steps_and_amaxes_come_out():
 
   def both(x, w, amax):
     weight = Weight(w, past=past, amax=amax)
-    return jax.vjp(lambda x, w, a: dot(x, dataclasses.replace(weight, master=w, amax=a)), x, w, amax)
+    return jax.vjp(
+      lambda x, w, a: dot(x, dataclasses.replace(weight, master=w, amax=a)),
+      x,
+      w,
+      amax,
+    )
 
   y, pull = jax.jit(lambda x, w: both(x, w, zeros))(x, w)
   amax = pull(dy)[2]
@@ -224,9 +229,10 @@ def test_delayed_scales_are_of_earlier_steps_and_amaxes_come_out():
   scaled = lambda a, largest, top: np.clip(
     a * (1 / (np.float32(largest) * np.float32(1 / top))), -top, top
   ).astype("float32")
-  q = lambda a, largest, top, dtype: np.asarray(
-    jnp.asarray(scaled(a, largest, top)).astype(dtype), np.float64
-  ) * (np.float32(largest) * np.float32(1 / top))
+  q = lambda a, largest, top, dtype: (
+    np.asarray(jnp.asarray(scaled(a, largest, top)).astype(dtype), np.float64)
+    * (np.float32(largest) * np.float32(1 / top))
+  )
   wanted = q(x, 8, 448, "float8_e4m3fn") @ q(w[:, 0], 4, 448, "float8_e4m3fn")
   close(y[:, 0], wanted)
 

@@ -54,7 +54,9 @@ def test_mxfp8_has_32_along_every_contraction():
   along |= {"wgrad_x": 0, "wgrad_g": 0}
   for name, dim in along.items():
     how = getattr(r, name)
-    assert (how.tile[dim], how.tile[1 - dim], how.scale) == (32, 1, "e8m0"), name
+    assert (how.tile[dim], how.tile[1 - dim], how.scale) == (32, 1, "e8m0"), (
+      name
+    )
 
 
 def test_bf16_quantises_nothing_and_the_others_do():

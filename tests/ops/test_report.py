@@ -37,7 +37,9 @@ def test_errors_are_those_of_the_oracles_matmuls(name):
   x, w, dy = arrays(200, 160, 1, 72)
   table = found(name, x, w, dy)[-1]
   low = oracle.linear(as_oracle(recipes.recipe(name)), x, w, dy)
-  exact = oracle.linear(dict.fromkeys(as_oracle(recipes.recipe(name))), x, w, dy)
+  exact = oracle.linear(
+    dict.fromkeys(as_oracle(recipes.recipe(name))), x, w, dy
+  )
   for row, a, b in zip(table, low, exact):
     wanted = np.linalg.norm(a - b) / np.linalg.norm(b)
     assert float(row[0]) == pytest.approx(wanted, rel=1e-3)

@@ -73,9 +73,7 @@ def test_sec331_what_is_no_linear_stays_high():
   """Embedding, head, router, norms and MTP's projection have no copy."""
   params = steps.prepared(FP8).start.params
   names = set(precision.linears(params))
-  others = {
-    ".".join(path) for path, _ in nnx.to_flat_state(params)
-  } - names
+  others = {".".join(path) for path, _ in nnx.to_flat_state(params)} - names
   last = {name.split(".")[-1] for name in others}
   assert last == {"embed", "head", "centroid", "gain", "proj"}
   assert {name.split(".")[-1] for name in names} == {
