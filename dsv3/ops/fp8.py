@@ -107,7 +107,7 @@ class Quantised:
     )
 
   @property
-  def T(self) -> "Quantised":  # noqa: N802, as of an array
+  def T(self) -> "Quantised":
     """The last two dims swapped; the same numbers, nothing is rounded."""
     swap = lambda x: jnp.swapaxes(x, -1, -2)
     tile = (*self.tile[:-2], self.tile[-1], self.tile[-2])

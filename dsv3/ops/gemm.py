@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.ops import grouped, report
-from dsv3.ops.linear import Passes, Weight, activation, linear, record_amax
 from dsv3.ops.limited import LimitedProducts
+from dsv3.ops.linear import Passes, Weight, activation, linear, record_amax
 from dsv3.ops.products import Products
 from dsv3.ops.recipes import Recipe
 from dsv3.ops.swiglu import swiglu

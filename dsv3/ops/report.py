@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3.ops.fp8 import FORMATS, Operand, Quantised
-from dsv3.ops.linear import G, X, Operands, Passes, Weight, activation
+from dsv3.ops.linear import G, Operands, Passes, Weight, X, activation
 from dsv3.ops.products import Products
 
 PASSES = ("fprop", "dgrad", "wgrad")
