@@ -50,7 +50,7 @@ def grouped_matmul(
     y_AO. Gradients flow to x_AI and w_EIO, in their dtypes.
 
   Raises:
-    ValueError: the kernel is unknown.
+    ValueError: the kernel is unknown, or not "tiles" and w_EIO of bits.
     ImportError: "tokamax" was named and is not installed.
 
   >>> x_AI = jnp.ones((3, 2))
@@ -58,6 +58,10 @@ def grouped_matmul(
   >>> grouped_matmul(x_AI, w_EIO, jnp.array([1, 1], jnp.int32)).tolist()
   [[2.0], [20.0], [0.0]]
   """
+  if w_EIO.dtype == jnp.uint16 and kernel != "tiles":
+    raise ValueError(
+      f"grouped_matmul: found bits of bfloat16 for {kernel!r}, want 'tiles'"
+    )
   if kernel == "auto":
     y_AO = lax.platform_dependent(
       x_AI, w_EIO, load_E, cpu=_tiles, cuda=_on_gpu(), default=_ragged
