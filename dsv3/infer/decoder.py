@@ -19,10 +19,11 @@ from flax import nnx
 from dsv3 import config
 from dsv3.config import ConfigError
 from dsv3.infer import cache as caches
-from dsv3.infer import mtp
+from dsv3.infer import cpu, mtp
 from dsv3.infer.cache import Cache
 from dsv3.infer.network import Network, Window, run_blocks
-from dsv3.nn.transformer import Transformer, make_model
+from dsv3.nn.transformer import Transformer
+from dsv3.ops.gemm import Gemm, plain
 
 
 class Past(NamedTuple):
@@ -51,14 +52,15 @@ class Decoder:
         f"cache: found {cache_dtype}, wanted one of {', '.join(caches.DTYPES)}"
       )
     self.cache_dtype = cache_dtype
-    # XLA's CPU multiplies bfloat16 as float32, and would cast every weight in
-    # every step: there all is float32 but the cache.
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = "float32" if on_cpu else self.model.dtype
     _, weights = nnx.split(Network(model))
-    self.dtype, self.weights = dtype, _as_used(weights, dtype)
+    if jax.default_backend() == "cpu" and self.model.dtype == "bfloat16":
+      self.dtype, on_cpu = "float32", cpu.GEMM
+      self.weights = cpu.as_used(weights)
+    else:
+      self.dtype, on_cpu = self.model.dtype, None
+      self.weights = _as_used(weights, self.dtype)
     self.graphdef = jax.eval_shape(
-      lambda: nnx.split(_network(self.model, dtype))
+      lambda: nnx.split(_network(self.model, self.dtype, on_cpu))
     )[0]
     self._prefill = jax.jit(
       functools.partial(_prefill, graphdef=self.graphdef), donate_argnums=1
@@ -129,11 +131,16 @@ class Decoder:
     return self._step(self.weights, cache, tokens_B)
 
 
-def _network(model: config.Model, dtype: str) -> Network:
-  """The network of a config, computing in `dtype`; no operand is quantised."""
-  high = dataclasses.replace(model.precision, recipe="bf16", changes=())
-  values = dataclasses.replace(model, dtype=dtype, precision=high)
-  return Network(make_model(values, jax.random.key(0)))
+def _network(
+  model: config.Model, dtype: str, gemm: Gemm | None = None
+) -> Network:
+  """The network of a config, computing in `dtype`; no operand is quantised.
+
+  None is the plain Gemm.
+  """
+  values = dataclasses.replace(model, dtype=dtype)
+  gemm = gemm or plain(dtype, model.moe.kernel)
+  return Network(Transformer(values, gemm=gemm, key=jax.random.key(0)))
 
 
 def _as_used(weights: nnx.State, dtype: str) -> nnx.State:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3.infer import cache as caches
+from dsv3.infer import cpu
 from dsv3.infer.cache import Cache, Layer
 from dsv3.nn import moe
 from dsv3.nn.block import unstack
@@ -37,7 +38,13 @@ class Network(nnx.Module):
     self.model = model.model
 
   embedding = Transformer.embedding
-  logits = Transformer.logits
+
+  def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+    """As `Transformer.logits`; a CPU keeps a bfloat16 head beside float32."""
+    kept, used = self.head.dtype, hidden_BLD.dtype
+    if (kept, used) == (jnp.bfloat16, jnp.float32):
+      return cpu.dot(hidden_BLD, self.head[...])
+    return Transformer.logits(self, hidden_BLD)
 
 
 class Window(NamedTuple):

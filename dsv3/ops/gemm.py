@@ -64,21 +64,31 @@ def plain(dtype: str, kernel: str = "auto") -> Gemm:
   "highest".
   """
 
-  def dot(x, w, role=""):
-    return _dot(x, _array(w), dtype)
+  return of_products(
+    dtype,
+    lambda x, w: _dot(x, w, dtype),
+    lambda x_AI, w, load_E: _grouped_dot(x_AI, w, load_E, dtype, kernel),
+  )
 
-  def grouped_dot(x_AI, w_EIPO, load_E, role=""):
-    return _grouped_dot(x_AI, _array(w_EIPO), load_E, dtype, kernel)
+
+def of_products(dtype: str, dot: Callable, grouped_dot: Callable) -> Gemm:
+  """The Gemm of two products of arrays, whatever the role."""
+
+  def any_dot(x, w, role=""):
+    return dot(x, _array(w))
+
+  def any_grouped_dot(x_AI, w_EIPO, load_E, role=""):
+    return grouped_dot(x_AI, _array(w_EIPO), load_E)
 
   def swiglu_dot(gate_up, w, role=""):
-    return dot(swiglu(checkpoint_name(gate_up, "ffn_gate_up")), w)
+    return any_dot(swiglu(checkpoint_name(gate_up, "ffn_gate_up")), w)
 
   def grouped_swiglu_dot(inputs, w_EIPO, load_E, role=""):
     gate_up_A2F, gate_A = inputs
     gate_up_A2F = checkpoint_name(gate_up_A2F, "ffn_gate_up")
-    return grouped_dot(swiglu(gate_up_A2F, gate_A), w_EIPO, load_E)
+    return any_grouped_dot(swiglu(gate_up_A2F, gate_A), w_EIPO, load_E)
 
-  return Gemm(dtype, dot, grouped_dot, swiglu_dot, grouped_swiglu_dot)
+  return Gemm(dtype, any_dot, any_grouped_dot, swiglu_dot, grouped_swiglu_dot)
 
 
 def fp8(

@@ -22,8 +22,8 @@ KERNELS = ("auto", "dense", "tiles", "ragged", "tokamax")
 TILES = (256, 128)  # rows, large then small; measured with F 192, D 256 and 512
 
 FEW_ROWS = 32  # an expert on average; up to it ROWS at a time are faster
-PAIR = 2  # tiles of ROWS at once; 1 to 8 measured, 4 to 128 rows in all
-ROWS = 8  # 4 to 32 measured with D 128 to 512, 2 to 32 rows an expert
+PAIR = 2  # tiles at once; 1 to 8 measured, 4 to 128 rows in all
+ROWS = 8  # of a tile at most; 4 to 32 measured, 2 to 32 rows an expert
 
 
 def grouped_matmul(
@@ -38,7 +38,9 @@ def grouped_matmul(
 
   Args:
     x_AI: rows, those of expert 0 first, then those of expert 1, and so on.
-    w_EIO: one matrix an expert; it multiplies in the rows' dtype.
+    w_EIO: one matrix an expert; it multiplies in the rows' dtype. "tiles" takes
+      bits of bfloat16 as uint16 too, without a gradient: of bfloat16 XLA's CPU
+      gathers no expert before it has made all of them float32.
     load_E: int32 rows of every expert. Rows past their sum give zeros.
     kernel: one of `KERNELS`; "auto" takes the fast one of the platform that the
       program is compiled for.
@@ -48,7 +50,7 @@ def grouped_matmul(
     y_AO. Gradients flow to x_AI and w_EIO, in their dtypes.
 
   Raises:
-    ValueError: the kernel is unknown.
+    ValueError: the kernel is unknown, or not "tiles" and w_EIO of bits.
     ImportError: "tokamax" was named and is not installed.
 
   >>> x_AI = jnp.ones((3, 2))
@@ -56,6 +58,10 @@ def grouped_matmul(
   >>> grouped_matmul(x_AI, w_EIO, jnp.array([1, 1], jnp.int32)).tolist()
   [[2.0], [20.0], [0.0]]
   """
+  if w_EIO.dtype == jnp.uint16 and kernel != "tiles":
+    raise ValueError(
+      f"grouped_matmul: found bits of bfloat16 for {kernel!r}, want 'tiles'"
+    )
   if kernel == "auto":
     y_AO = lax.platform_dependent(
       x_AI, w_EIO, load_E, cpu=_tiles, cuda=_on_gpu(), default=_ragged
@@ -301,11 +307,11 @@ def _dot(a, b, dims_a, dims_b):
 def _few_rows(x_AI, w_EIO, load_E):
   """For few rows, as in decoding: reads the matrices of experts that have some.
 
-  Reading them takes the time. The work is a list of tiles of ROWS rows, one
+  Reading them takes the time. The work is a list of tiles of few rows, one
   expert's each, and PAIR of them are multiplied at once.
   """
   n_rows, n_experts = len(x_AI), len(load_E)
-  size, first_E = min(ROWS, n_rows), jnp.cumsum(load_E) - load_E
+  size, first_E = _tile_size(n_rows, n_experts), jnp.cumsum(load_E) - load_E
   tiles_E = -(-load_E // size)
   upto_E = jnp.cumsum(tiles_E)
 
@@ -321,7 +327,7 @@ def _few_rows(x_AI, w_EIO, load_E):
     y_PRO = jnp.einsum(
       "PRI,PIO->PRO",
       x_AI[jnp.minimum(rows_PR, n_rows - 1)],
-      w_EIO[expert_P].astype(x_AI.dtype),
+      _cast(w_EIO[expert_P], x_AI.dtype),
       precision=_precision(x_AI),
       preferred_element_type=jnp.float32,
     )
@@ -331,6 +337,22 @@ def _few_rows(x_AI, w_EIO, load_E):
   return lax.fori_loop(0, -(-upto_E[-1] // PAIR), multiply, y_AO)
 
 
+def _tile_size(n_rows: int, n_experts: int) -> int:
+  """Rows of a tile: a power of two, four times an expert's average or more.
+
+  >>> [_tile_size(n, 32) for n in (4, 16, 32, 1024)]
+  [1, 2, 4, 8]
+  """
+  return min(ROWS, 1 << max(0, (4 * n_rows - 1) // n_experts).bit_length())
+
+
+def _cast(w, dtype):
+  """Weights in `dtype`; uint16 are the bits of bfloat16."""
+  if w.dtype == jnp.uint16:
+    w = lax.bitcast_convert_type(w, jnp.bfloat16)
+  return w.astype(dtype)
+
+
 @jax.custom_vjp
 def _tiles(x_AI, w_EIO, load_E):
   if len(x_AI) <= FEW_ROWS * len(w_EIO):
@@ -338,7 +360,7 @@ def _tiles(x_AI, w_EIO, load_E):
 
   def of_expert(y_AO, expert):
     w_IO, first, load = expert
-    w_IO = w_IO.astype(x_AI.dtype)
+    w_IO = _cast(w_IO, x_AI.dtype)
 
     def step(y_AO, row, size, mine):
       y_tile = _dot(_read(x_AI, row, size), w_IO, (1,), (0,))

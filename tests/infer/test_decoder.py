@@ -113,11 +113,15 @@ def test_weights_are_cast_once_but_for_norms_and_routers():
   np.testing.assert_array_equal(a, b)
 
 
-def test_a_cpu_computes_in_float32_and_caches_in_the_model_s_type():
+def test_a_cpu_keeps_experts_and_head_in_two_bytes_and_all_else_in_four():
   decoder = Decoder(make({"model.dtype": "bfloat16"}))
-  assert {x.dtype for x in jax.tree.leaves(decoder.weights)} == {
-    np.dtype("float32")
+  kinds = {
+    jax.tree_util.keystr(path): x.dtype.itemsize
+    for path, x in jax.tree_util.tree_leaves_with_path(decoder.weights)
   }
+  short = {name for name, size in kinds.items() if size == 2}
+  assert short == {n for n in kinds if "experts" in n or "'head'" in n}
+  assert set(kinds.values()) == {2, 4}
   past = decoder.read([[1, 2]], 4)
   assert past.hidden_BD.dtype == jnp.float32
   assert past.cache.layers[0].c_kv_BMC.dtype == jnp.bfloat16

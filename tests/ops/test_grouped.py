@@ -167,3 +167,20 @@ def test_few_rows_one_by_one_equal_dense(load):
     for kernel in ("tiles", "dense")
   ]
   np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("few", [0, 32])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_eq12_tiles_of_any_size_read_bits_of_bfloat16(size, few, monkeypatch):
+  monkeypatch.setattr(grouped, "FEW_ROWS", few)
+  monkeypatch.setattr(grouped, "_tile_size", lambda n_rows, n_experts: size)
+  x_AI, w_EIO = inputs("bfloat16")
+  bits_EIO = jax.lax.bitcast_convert_type(w_EIO, jnp.uint16)
+  load_E = jnp.array([9, 0, 16, 8], jnp.int32)
+  want = grouped_matmul(x_AI, w_EIO, load_E, kernel="dense")
+  # Without an old program of another size.
+  tiles = jax.jit(lambda *args: grouped_matmul(*args, kernel="tiles"))
+  for w in (w_EIO, bits_EIO):
+    np.testing.assert_allclose(tiles(x_AI, w, load_E), want, atol=1e-5)
+  with pytest.raises(ValueError, match="bits of bfloat16 for 'ragged'"):
+    grouped_matmul(x_AI, bits_EIO, load_E, kernel="ragged")
