@@ -22,13 +22,13 @@ class Gqa(nnx.Module):
     self, model: config.Model, n_kv_heads: int, *, gemm: Gemm, key: jax.Array
   ):
     a, std = model.attention, model.init_std
-    keys = jax.random.split(key, 5)
+    keys = jax.random.split(key, 6)  # as Mla, so that W_O begins as its own
     self.queries = Queries(model, gemm=gemm, key=keys[0])
     heads = lambda dim: (model.dim, n_kv_heads, dim)
     self.w_k = matrix(keys[1], "D HN", heads(a.nope_dim), std)
     self.w_kr = matrix(keys[2], "D HR", heads(a.rope_dim), std)
     self.w_v = matrix(keys[3], "D HV", heads(a.v_dim), std)
-    self.w_o = output_matrix(keys[4], model)
+    self.w_o = output_matrix(keys[5], model)
     self.model = model
     self.gemm = gemm
 
