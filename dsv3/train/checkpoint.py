@@ -61,7 +61,9 @@ def state_of(trees: Mapping[str, Any], like: TrainState) -> TrainState:
     opt_state=trees.get("optimizer", like.opt_state),
     router=trees.get("router", like.router),
     ema=None if like.ema is None else trees["ema"],
-    precision=trees.get("precision"),
+    precision=trees.get(
+      "precision", None if jax.tree.leaves(like.precision) else like.precision
+    ),
   )
 
 

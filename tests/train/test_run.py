@@ -88,17 +88,23 @@ def test_another_config_is_an_error_that_names_the_keys(tmp_path):
   assert (tmp_path / "config.json").read_text() == before
 
 
+OTHER = {  # values of keys that are no numbers
+  "data.cache": "elsewhere",
+  "model.precision.recipe": "mxfp8",
+  "model.precision.changes": ("rounding=stochastic",),
+  "model.precision.high": ("*.w_o",),
+  "model.precision.kernel": "reference",
+  "model.precision.guard_action": "keep_high",
+}
+
+
 @pytest.mark.parametrize("key", sorted(run.MAY_CHANGE))
 def test_what_is_no_other_run_may_change_and_is_kept(key, tmp_path):
   values = micro.config_of()
   run.record(tmp_path, values, run.Given())
-  group, field = key.split(".")
-  old = getattr(getattr(values, group), field)
-  new = "elsewhere" if isinstance(old, str) else old + 1
-  changed = dataclasses.replace(
-    values,
-    **{group: dataclasses.replace(getattr(values, group), **{field: new})},
-  )
+  old = overlay.flat(dataclasses.asdict(values))[key]
+  new = OTHER.get(key) or old + 1
+  changed = config.build(overlay.overlay(run.as_tree(values), {key: new}))
   assert run.record(tmp_path, changed, run.Given()) == {key: (old, new)}
   assert run.stored_config(tmp_path) == changed
 
