@@ -147,7 +147,8 @@ def of(
   n_chips = n_chips or 1
   precision, warnings = precision_of(values, precision), []
   if precision == "fp8" and one.fp8 == one.bf16 and one.family != "cpu":
-    warnings.append(f"{one.name} has no FP8 units: its BF16 rate is planned")
+    precision = "bf16"
+    warnings.append(f"{one.name} has no FP8 units: BF16 is planned")
   if one.family != "cpu":
     if values.model.dtype == "float32":
       warnings.append("model.dtype = float32 is planned at the BF16 rate")

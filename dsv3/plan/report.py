@@ -143,7 +143,7 @@ def _layout(plan: Plan) -> list[str]:
     f"  mesh {layout.mesh}; pipeline {schedule}; recomputation {one.remat}",
     f"  {layout.batch:,} sequences a step = {layout.mesh.ranks:,} ranks x "
     f"{layout.microbatches} microbatches x {rows:g}",
-    f"  the fastest of {plan.found.considered:,} arrangements that fit"
+    f"  the fastest of {plan.found.considered:,} arrangements considered"
     if plan.found.considered > 1
     else "  as given",
   ]
