@@ -125,7 +125,17 @@ def test_a_claim_outlives_a_launcher_whose_run_goes_on(place, monkeypatch):
   assert process.claim(run, runs) is not None
 
 
-def test_a_signal_stops_the_runs_and_records_none_of_them(place, monkeypatch):
+@pytest.fixture
+def heeded():
+  """SIGINT as a terminal sends it: a job in the background ignores it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_stops_the_runs_and_records_none_of_them(
+  place, monkeypatch, heeded
+):
   monkeypatch.setattr(process, "command", trial.command("wait"))
 
   def interrupt():
