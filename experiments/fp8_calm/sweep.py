@@ -8,10 +8,13 @@ METRICS = ["loss"]
 
 
 def runs():
+  recipe = lambda name: {"model.precision.recipe": name}
   return arms(
     {
       "bf16": {},
-      "deepseek_v3": {"model.precision.recipe": "deepseek_v3"},
+      "deepseek_v3": recipe("deepseek_v3"),
       "float32": {"model.dtype": "float32"},  # as far from BF16, without FP8
+      "per_tensor": recipe("per_tensor"),
+      "blockwise_128": recipe("blockwise_128"),  # App. B.2: it diverged
     }
   )
