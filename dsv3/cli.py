@@ -7,6 +7,7 @@ exit code 2, a run that failed is one line and exit code 1.
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -266,7 +267,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     "--search", action="store_true", help="recomputation too, and the ranking"
   )
   command.add_argument(
-    "--tokens", type=_share, metavar="N", help="the budget [train.tokens]"
+    "--tokens", type=_amount, metavar="N", help="the budget [train.tokens]"
   )
   command.add_argument(
     "--price", type=_share, metavar="USD", help="of a chip-hour [if published]"
@@ -278,7 +279,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     "--unit_tensor", type=_count, metavar="N", help="of a unit's attention [1]"
   )
   command.add_argument(
-    "--batch", type=_share, metavar="N", help="sequences decoded a chip"
+    "--batch", type=_amount, metavar="N", help="sequences decoded a chip"
   )
   command.add_argument(
     "--accepted", type=_share, metavar="P", help="share of drafts kept [0.85]"
@@ -388,8 +389,14 @@ def _share(text: str) -> float:
     value = float(text)
   except ValueError:
     value = -1.0
-  if not value >= 0:
+  if not 0 <= value < math.inf:
     raise argparse.ArgumentTypeError(f"found {text}, wanted 0 or more")
+  return value
+
+
+def _amount(text: str) -> float:
+  if not (value := _share(text)):
+    raise argparse.ArgumentTypeError(f"found {text}, wanted more than 0")
   return value
 
 

@@ -7,6 +7,7 @@ import pathlib
 from dsv3 import config, overlay
 from dsv3.config import ConfigError
 from dsv3.plan import answer, report, serve
+from dsv3.plan.unit import Unit
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -30,7 +31,10 @@ def plan(arguments: argparse.Namespace) -> None:
   if arguments.html:
     from dsv3.plan import page
 
-    pathlib.Path(arguments.html).write_text(page.html(found))
+    path = pathlib.Path(arguments.html)
+    if not path.parent.is_dir():
+      raise ConfigError(f"--html: found no folder {path.parent}")
+    path.write_text(page.html(found))
   if arguments.json:
     print(json.dumps(answer.as_dict(found), indent=1))
   elif not arguments.html:
@@ -66,10 +70,10 @@ def _accepted(arguments: argparse.Namespace) -> float:
   return share
 
 
-def _unit(arguments: argparse.Namespace) -> serve.Unit | None:
+def _unit(arguments: argparse.Namespace) -> Unit | None:
   """A unit of so many chips, if it is named."""
   if arguments.unit_tensor and not arguments.unit:
     raise ConfigError("--unit_tensor: wants --unit, the chips of a unit")
   if not arguments.unit:
     return None
-  return serve.Unit(arguments.unit, arguments.unit_tensor or 1)
+  return Unit(arguments.unit, arguments.unit_tensor or 1)

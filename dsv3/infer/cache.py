@@ -11,16 +11,30 @@ import jax.numpy as jnp
 
 from dsv3 import config
 
-DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
-# A CPU would scatter small floats by converting the whole cache, there and back.
-BITS = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}
+# How each type is kept. Small floats are as bits: to write some of them among
+# others, XLA's CPU would make all float32, and small again.
+KEPT = {
+  "float32": "float32", "bfloat16": "uint16", "float8_e4m3fn": "uint8",
+}  # fmt: skip
+DTYPES = tuple(KEPT)
+_FLOATS = {jnp.dtype(kept): dtype for dtype, kept in KEPT.items()}
 
 
 class Layer(NamedTuple):
-  """The past in one layer."""
+  """The past in one layer, kept as `KEPT` says."""
 
   c_kv_BMC: jax.Array
   k_r_BMR: jax.Array
+
+  def values(self) -> "Layer":
+    """The same as floats."""
+
+    def of(x):
+      dtype = jnp.dtype(_FLOATS[x.dtype])
+      same = dtype == x.dtype
+      return x if same else jax.lax.bitcast_convert_type(x, dtype)
+
+    return Layer(*map(of, self))
 
 
 class Cache(NamedTuple):
@@ -46,7 +60,7 @@ def empty(
   n_modules: int = 0,
 ) -> Cache:
   """A cache for `capacity` tokens a sequence; dtype None is `model.dtype`."""
-  dtype, a = dtype or model.dtype, model.attention
+  dtype, a = KEPT[dtype or model.dtype], model.attention
   shape = (n_sequences, capacity)
   layers = tuple(
     Layer(
@@ -78,13 +92,14 @@ def write(layer: Layer, c_kv_BLC, k_r_BLR, offset_B) -> Layer:
   """Puts new tokens of each sequence at its own place."""
 
   def put(past_BMX, new_BLX):
-    if past_BMX.dtype == jnp.float8_e4m3fn:  # the cast would make NaN of 449
+    dtype = jnp.dtype(_FLOATS[past_BMX.dtype])
+    if dtype == jnp.float8_e4m3fn:  # the cast would make NaN of 449
       new_BLX = jnp.clip(new_BLX, -448, 448)
-    dtype, bits = past_BMX.dtype, BITS[past_BMX.dtype.itemsize]
-    as_bits = lambda x: jax.lax.bitcast_convert_type(x.astype(dtype), bits)
+    new_BLX = new_BLX.astype(dtype)
+    if dtype != past_BMX.dtype:
+      new_BLX = jax.lax.bitcast_convert_type(new_BLX, past_BMX.dtype)
     one = lambda past, new, at: jax.lax.dynamic_update_slice(past, new, (at, 0))
-    put_BMX = jax.vmap(one)(as_bits(past_BMX), as_bits(new_BLX), offset_B)
-    return jax.lax.bitcast_convert_type(put_BMX, dtype)
+    return jax.vmap(one)(past_BMX, new_BLX, offset_B)
 
   return Layer(put(layer.c_kv_BMC, c_kv_BLC), put(layer.k_r_BMR, k_r_BLR))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dsv3.config import ConfigError
 from dsv3.infer import speculative
-from dsv3.infer.decoder import Decoder
+from dsv3.infer.decoder import Decoder, one_step
 from dsv3.infer.sampling import Sampling, choose
 from dsv3.infer.speculative import Round
 from dsv3.nn.transformer import Transformer
@@ -109,12 +109,21 @@ def _one_by_one(
 ) -> Iterator[Round]:
   """Plain decoding: a token of every sequence a round."""
   logits_BW, cache = decoder.prefill(prompts, max_tokens, chunk)
-  for i in range(max_tokens):
-    tokens_B, log_probs_B = _draw(logits_BW, keys_B, i, sampling)
-    if i < max_tokens - 1:  # runs while the caller looks at this token
-      logits_BW, cache = decoder.step(tokens_B, cache)
-    one_B = np.ones(len(prompts), np.int32)
+  drawn = _draw(logits_BW, keys_B, 0, sampling)
+  step = decoder.compiled(_draw_next, "cache", sampling=sampling)
+  one_B = np.ones(len(prompts), np.int32)
+  for i in range(1, max_tokens + 1):
+    shown = drawn
+    if i < max_tokens:  # runs while the caller looks at this token
+      *drawn, cache = step(decoder.weights, cache, shown[0], keys_B, i)
+    tokens_B, log_probs_B = shown
     yield Round(tokens_B[:, None], log_probs_B[:, None], one_B)
+
+
+def _draw_next(weights, cache, tokens_B, keys_B, i, *, graphdef, sampling):
+  """A step and what is drawn from it: one program, launched once."""
+  logits_BW, cache = one_step(weights, cache, tokens_B, graphdef=graphdef)
+  return *_draw(logits_BW, keys_B, i, sampling), cache
 
 
 @functools.partial(jax.jit, static_argnames="sampling")

@@ -94,8 +94,8 @@ def _attention(block, h_BLD, layer, window, first):
     sees_BLM = slots_BL[..., None] >= slots_M
     sees_BLM &= (slots_BL[..., None] < first) | (slots_M >= first)
     by_head = block.w_uk_HNC[...], block.w_uv_HCV[...]
-    return mla.absorbed(q, *layer, sees_BLM, *by_head), layer
-  c_kv_BMC, k_r_BMR = (x.astype(h_BLD.dtype) for x in layer)
+    return mla.absorbed(q, *layer.values(), sees_BLM, *by_head), layer
+  c_kv_BMC, k_r_BMR = (x.astype(h_BLD.dtype) for x in layer.values())
   k, v = mla.expand(c_kv_BMC, k_r_BMR)
   segment = lambda slots: 1 + (slots >= first).astype(jnp.int32)
   o = attend(

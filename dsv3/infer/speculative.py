@@ -6,7 +6,6 @@ them: 1 to N + 1 tokens, distributed as without drafts (Leviathan et al. 2023,
 Sec. 2.3). Greedy, a draft is kept if it is the likeliest token.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -112,35 +111,20 @@ def start(
   decoder: Decoder, past: Past, keys_B, n_drafts: int, sampling: Sampling
 ) -> tuple[Round, State]:
   """The token after the prompts, and the first drafts."""
-  return _start(
-    decoder.weights,
-    *past,
-    keys_B,
-    graphdef=decoder.graphdef,
-    sampling=sampling,
-    n_drafts=n_drafts,
+  first = decoder.compiled(
+    _start, "cache", sampling=sampling, n_drafts=n_drafts
   )
+  return first(decoder.weights, *past, keys_B)
 
 
 def advance(
   decoder: Decoder, state: State, keys_B, i: int, sampling: Sampling
 ) -> tuple[Round, State]:
   """Round `i`: judges the drafts, and makes the next ones."""
-  return _round(
-    decoder.weights,
-    state,
-    keys_B,
-    i,
-    graphdef=decoder.graphdef,
-    sampling=sampling,
-  )
+  judged = decoder.compiled(_round, "state", sampling=sampling)
+  return judged(decoder.weights, state, keys_B, i)
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=("graphdef", "sampling", "n_drafts"),
-  donate_argnames="cache",
-)
 def _start(
   weights, cache, hidden_BD, modules, keys_B, *, graphdef, sampling, n_drafts
 ):
@@ -165,9 +149,6 @@ def _start(
   return Round(token_B[:, None], log_prob_B[:, None], one_B), state
 
 
-@functools.partial(
-  jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="state"
-)
 def _round(weights, state, keys_B, i, *, graphdef, sampling):
   net, cache = nnx.merge(graphdef, weights), state.cache
   n_drafts = state.drafts_BN.shape[1]

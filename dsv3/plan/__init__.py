@@ -11,7 +11,7 @@ from dsv3.plan.answer import Plan, as_dict, of
 from dsv3.plan.chips import CHIPS, chip
 from dsv3.plan.mesh import Mesh
 from dsv3.plan.presets import PRESETS
-from dsv3.plan.serve import Unit
+from dsv3.plan.unit import Unit
 
 __all__ = (
   "CHIPS", "PRESETS", "Mesh", "Plan", "Unit", "as_dict", "chip", "of",

@@ -8,7 +8,7 @@ drew them at random; "real": it was the model's.
 import dataclasses
 
 from dsv3.plan.mesh import Mesh
-from dsv3.plan.serve import Unit
+from dsv3.plan.unit import Unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ _TP2 = Mesh(data=2, expert=64, stage=8)
 _FOLDED = "TP 2 of attention counted as data 2: experts are not cut by it"
 _OLD_MESH = "mesh of release 26.02"
 _FSDP = "mesh: fsdp over all chips; 8 rows a chip; full recomputation"
+_TPU7X = _FSDP + "; their device taken for a chip"
 
 
 def _bridge(name, chip, precision, tokens, mesh, m, virtual, release, **more):
@@ -78,7 +79,7 @@ def _maxtext(name, chip, chips, precision, tokens, **more):
     _MAXTEXT,
     mtp=False,
     remat="full",
-    assumed=_FSDP,
+    assumed=_TPU7X if chip == "tpu7x" else _FSDP,
     **more,
   )
 
@@ -144,6 +145,99 @@ TRAINING = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+  """One of the runs whose chip-hours were published together."""
+
+  diff: dict  # of v3_671b
+  mesh: Mesh
+  batch: int
+  microbatches: int
+  schedule: str
+  precision: str
+  tokens: float
+  virtual: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Hours:
+  """Published chip-hours, without an arrangement."""
+
+  name: str
+  hours: float
+  stages: tuple[Stage, ...]
+  source: str
+  assumed: str
+
+
+def _extension(mesh_32k: Mesh, mesh_128k: Mesh, cuts: tuple, schedules: tuple):
+  """Both stages of Sec. 4.3: 1000 steps of 1920 x 32K, and of 480 x 128K."""
+  lengths, batches = (32_768, 131_072), (1920, 480)
+  return tuple(
+    Stage(
+      {"data.seq_len": length},
+      mesh,
+      batch,
+      cut,
+      schedule,
+      "fp8",
+      1000.0 * batch * length,
+      2 if schedule == "interleaved" else 1,
+    )
+    for length, batch, mesh, cut, schedule in zip(
+      lengths, batches, (mesh_32k, mesh_128k), cuts, schedules
+    )
+  )
+
+
+_V2 = {  # 236B of arXiv 2405.04434
+  "model.vocab_size": 102_400,
+  "model.dim": 5120,
+  "model.n_layers": 60,
+  "model.n_dense_layers": 1,
+  "model.dense_hidden": 12_288,
+  "model.moe.n_routed": 160,
+  "model.moe.n_shared": 2,
+  "model.moe.top_k": 6,
+  "model.moe.hidden": 1536,
+  "model.moe.top_groups": 3,
+  "model.mtp.depth": 0,
+}
+HOURS = (
+  Hours(
+    "DeepSeek, context extension",
+    119e3,
+    _extension(
+      Mesh(expert=64, context=2, stage=16),
+      Mesh(expert=16, context=8, stage=16),
+      (30, 30),
+      ("dualpipe", "dualpipe"),
+    ),
+    "arXiv 2412.19437, Table 1",
+    "16 stages of DualPipe, as in pre-training; its memory is not planned to fit",
+  ),
+  Hours(
+    "DeepSeek, context extension",
+    119e3,
+    _extension(
+      Mesh(data=4, expert=2, context=4, tensor=4, stage=16),
+      Mesh(fsdp=8, expert=4, context=8, tensor=8),
+      (240, 15),
+      ("interleaved", "none"),
+    ),
+    "arXiv 2412.19437, Table 1",
+    "the fastest that the planner finds to fit",
+  ),
+  Hours(
+    "DeepSeek-V2, a trillion tokens",
+    172.8e3,
+    (Stage(_V2, Mesh(data=4, expert=8, stage=16), 9216, 288, "zb1p", "bf16", 1e12),),
+    "arXiv 2405.04434, Sec. 3.2.3",
+    "512 chips: 16 stages, experts over one node (its Sec. 3.1.3)",
+  ),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class Serving:
   """A measured speed of decoding or prefill."""
 
@@ -161,6 +255,7 @@ class Serving:
 
 _SGLANG = "LMSYS, Deploying DeepSeek on 96 H100 GPUs, 2025-05-05"
 _DEEPSEEK = "DeepSeek, open-infra-index, day 6, 2025-03-01"
+_V5E = Unit(64, 16, 0, False)
 _WIDE = Unit(chips=72, redundant=32)
 
 SERVING = (
@@ -174,6 +269,10 @@ SERVING = (
           queries=2, assumed="48 sequences a chip: 1850 over 21 a user, 1.85 a step"),
   Serving("vLLM decode, wide EP, H200", "h200", Unit(chips=16, redundant=32), 2050, 256, 2200,
           "vLLM, wide-EP report", assumed="16 chips, 256 sequences a chip"),
+  Serving("jax deepseek_r1_jax B=1, 64 v5e", "v5e", _V5E, 500, 1 / 64, 75.9 / 64,
+          "jax-ml/jax-llm-examples, int8", assumed="attention TP 16, 500 tokens of context"),
+  Serving("jax deepseek_r1_jax B=128, 64 v5e", "v5e", _V5E, 500, 2, 39,
+          "jax-ml/jax-llm-examples, int8", assumed="as above; its cache is per head, ours latent"),
   Serving("SGLang prefill, 32 H100", "h100", Unit(chips=32, redundant=32), 4096, 0, 50_302 / 8, _SGLANG),
   Serving("DeepSeek prefill, 32 H800", "h800", Unit(chips=32, redundant=32), 4096, 0, 0.437 * 73_700 / 8, _DEEPSEEK,
           assumed="of 73.7K a node, 56.3% are cache hits; the day's mean load"),

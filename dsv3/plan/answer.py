@@ -6,10 +6,11 @@ from dsv3 import config
 from dsv3.config import ConfigError
 from dsv3.plan import chips, count, fitted, kernels, search, serve
 from dsv3.plan.memory import Memory
-from dsv3.plan.mesh import SCHEDULES, Mesh, parse
+from dsv3.plan.mesh import SCHEDULES, Mesh, lacks, parse
 from dsv3.plan.presets import PRESETS
 from dsv3.plan.search import Candidate, Found
 from dsv3.plan.step import Step
+from dsv3.plan.unit import Unit, check, fitting, weight_bytes
 
 CONTEXTS = (4096, 8192, 16_384, 32_768, 65_536, 131_072)
 MAX_CONTEXT = 163_840  # max_position_embeddings of the released config
@@ -22,8 +23,8 @@ class Serving:
   """A row of the serving table: one context."""
 
   context: int
-  prefill: serve.Prefill
-  decode: serve.Decode | None  # None: not one sequence fits
+  prefill: serve.Prefill | None  # None: not one sequence fits
+  decode: serve.Decode | None  # None: the batch that is asked for does not fit
   speedup: float  # that one MTP module brings
   cost: float  # c of (1 + p) / (1 + c)
 
@@ -39,7 +40,7 @@ class Plan:
   parameters: count.Parameters
   training: Candidate | None  # None: the unit of a preset only serves
   found: Found | None  # what a search has ranked
-  unit: serve.Unit | None  # None: attention without a latent is not served
+  unit: Unit | None  # None: attention without a latent is not served
   serving: tuple[Serving, ...]
   tokens: float  # of the budget
   price: float | None  # US$ a chip and hour
@@ -67,7 +68,9 @@ class Plan:
     """Seconds of bubble under every schedule of the pipeline (Table 2)."""
     layout, found = self.training.layout, {}
     for kind in SCHEDULES[1:] if layout.mesh.stage > 1 else ():
-      if kind.startswith("dualpipe") and layout.mesh.stage % 2:
+      if kind == "dualpipe" and layout.mesh.stage % 2:
+        continue
+      if lacks(kind, layout.mesh.stage, layout.microbatches):
         continue
       virtual = max(layout.virtual, 2) if kind == "interleaved" else 1
       other = dataclasses.replace(layout, schedule=kind, virtual=virtual)
@@ -112,7 +115,7 @@ def of(
   microbatches: int | None = None,
   schedule: str | None = None,
   everything: bool = False,
-  unit: serve.Unit | None = None,
+  unit: Unit | None = None,
   batch: float | None = None,
   tokens: float | None = None,
   price: float | None = None,
@@ -177,7 +180,7 @@ def of(
     unit = _unit(values.model, one, n_chips, precision)
   serving = ()
   if values.model.attention.kind == "mla":
-    serve.check(unit, values.model)
+    check(unit, values.model)
     serving = _serving(values, one, unit, batch, accepted, warnings)
   else:
     warnings.append("serving is planned for MLA alone: it has the latent cache")
@@ -214,28 +217,30 @@ def _lacking(best: Candidate, chip: chips.Chip, everything: bool) -> str:
   )
 
 
-def _unit(model, chip, n_chips, precision) -> serve.Unit:
+def _unit(model, chip, n_chips, precision) -> Unit:
   """The fewest chips, a power of two, whose half holds the weights."""
   size = 1
   while size < n_chips and (
-    serve.weight_bytes(model, serve.Unit(size, precision=precision))
+    sum(weight_bytes(model, Unit(size, precision=precision)).values())
     > 0.5 * chip.hbm
   ):
     size *= 2
-  return serve.Unit(min(size, n_chips), precision=precision)
+  return Unit(min(size, n_chips), precision=precision)
 
 
 def _serving(values, chip, unit, batch, accepted, warnings) -> tuple:
   model, rows = values.model, []
   for context in CONTEXTS:
-    room = serve.fitting(model, chip, unit, context)
+    room = fitting(model, unit, context, chip.hbm)
     size = batch
     if size is None:
       # A unit serves at least one sequence for each of its attention groups.
       some = [b for b in BATCHES if b <= room] or [min(1.0, room)]
       size = some[-1]
-    plain, speedup, cost = None, 0.0, 0.0
-    if room * unit.chips >= 1 and size <= room:
+    read, plain, speedup, cost = None, None, 0.0, 0.0
+    if room * unit.chips >= 1:
+      read = serve.prefill(model, chip, unit, context)
+    if read and size <= room:
       size = max(size, 1 / unit.chips)
       plain = serve.decode(model, chip, unit, context, size)
       speedup, cost = serve.speculation(
@@ -244,16 +249,22 @@ def _serving(values, chip, unit, batch, accepted, warnings) -> tuple:
     rows.append(
       Serving(
         context,
-        serve.prefill(model, chip, unit, context),
+        read,
         plain,
         speedup,
         cost,
       )
     )
-  if all(row.decode is None for row in rows):
+  if not rows[0].prefill:
+    held = sum(weight_bytes(model, unit).values())
     warnings.append(
-      f"decoding does not fit on {unit.chips} x {chip.name}: "
-      f"{serve.weight_bytes(model, unit) / 1e9:,.1f} GB of weights a chip"
+      f"serving does not fit on {unit.chips} x {chip.name}: "
+      f"{held / 1e9:,.1f} GB of weights a chip"
+    )
+  elif not rows[0].decode:
+    warnings.append(
+      f"--batch: found {batch:g} sequences a chip, and no context of "
+      f"{CONTEXTS[0]} tokens or more for which they fit"
     )
   return tuple(rows)
 
@@ -284,11 +295,12 @@ def as_dict(plan: Plan) -> dict:
       "bubble_by_schedule": plan.by_schedule(),
       "flops_per_second_by_kind": plan.rates(),
     }
-    fewest, expected, most = plan.chip_hours
-    out["budget"] = {
+    hours = dict(zip(("low", "expected", "high"), plan.chip_hours))
+    price = plan.price
+    out["budget"] = {  # low is the cheap end: the highest speed
       "tokens": plan.tokens,
-      "chip_hours": {"low": fewest, "expected": expected, "high": most},
-      "usd": plan.price and expected * plan.price,
+      "chip_hours": hours,
+      "usd": price and {k: price * v for k, v in hours.items()},
     }
     out["search"] = {
       "considered": plan.found.considered,
@@ -301,7 +313,7 @@ def as_dict(plan: Plan) -> dict:
   if plan.serving:
     out["serving"] = {
       "unit": dataclasses.asdict(plan.unit),
-      "weight_bytes_chip": serve.weight_bytes(model, plan.unit),
+      "weight_bytes_chip": sum(weight_bytes(model, plan.unit).values()),
       "decode_factors": fitted.SERVED_SPREAD,
       "rows": [_row(row) for row in plan.serving],
     }
@@ -309,14 +321,16 @@ def as_dict(plan: Plan) -> dict:
 
 
 def _training(one: Candidate) -> dict:
-  low, expected, high = one.step.range()
+  speeds = one.step.range()
+  spread = lambda values: dict(zip(("low", "expected", "high"), values))
+  of_speed = lambda value: spread(value * x / speeds[1] for x in speeds)
   layout = dataclasses.asdict(one.layout)
   return {
     "layout": layout | {"remat": one.remat},
-    "step_seconds": one.step.step_seconds,
+    "step_seconds": spread(one.step.seconds_range()),
     "seconds": one.step.seconds,
-    "tokens_per_second_chip": {"low": low, "expected": expected, "high": high},
-    "mfu": one.step.mfu,
+    "tokens_per_second_chip": spread(speeds),
+    "mfu": of_speed(one.step.mfu),
     "binds": one.step.binds,
     "collectives": [c._asdict() for c in one.step.collectives],
     "memory": one.memory.parts,
@@ -328,7 +342,7 @@ def _training(one: Candidate) -> dict:
 def _row(row: Serving) -> dict:
   out: dict = {
     "context": row.context,
-    "prefill": dataclasses.asdict(row.prefill),
+    "prefill": row.prefill and dataclasses.asdict(row.prefill),
     "mtp_speedup": row.speedup,
     "mtp_cost": row.cost,
     "decode": None,
@@ -338,5 +352,6 @@ def _row(row: Serving) -> dict:
       "latency": row.decode.latency,
       "tokens_chip": row.decode.tokens_chip,
       "tokens_user": row.decode.tokens_user,
+      "memory": row.decode.memory.parts,
     }
   return out

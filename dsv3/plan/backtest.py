@@ -148,9 +148,43 @@ def table() -> str:
   return "\n".join(rows)
 
 
+def hours(anchor: anchors.Hours) -> float:
+  """What the planner says of published chip-hours, on H800s."""
+  total = 0.0
+  for part in anchor.stages:
+    values = config.build(overlay.overlay(overlay.load("v3_671b"), part.diff))
+    layout = step.Layout(
+      part.mesh,
+      part.batch,
+      part.microbatches,
+      part.schedule,
+      part.virtual,
+      part.precision,
+    )
+    found = step.of(values, chips.chip("h800"), layout)
+    total += found.chip_hours(part.tokens)
+  return total
+
+
+def hours_table() -> str:
+  """Published costs whose arrangement was not: all held out."""
+  rows = [
+    "| run | H800 hours | planned | error | assumed |",
+    "|---|---|---|---|---|",
+  ]
+  rows += [
+    f"| {a.name} | {a.hours / 1e3:,.1f}K | {hours(a) / 1e3:,.1f}K | "
+    f"{hours(a) / a.hours - 1:+.0%} | {a.assumed} |"
+    for a in anchors.HOURS
+  ]
+  return "\n".join(rows)
+
+
 def terms() -> str:
   """Terms of DeepSeek's own step, where they were published."""
   found = planned(anchors.TRAINING[0])
+  layout, chunk = found.layout, found.chunk
+  m, stages = layout.microbatches, layout.mesh.stage
   rows = [
     "| term of DeepSeek's step | measured, s | planned, s |",
     "|---|---|---|",
@@ -159,10 +193,13 @@ def terms() -> str:
     f"| {name} | {measured:.2f} | {planned_:.2f} |"
     for name, measured, planned_ in (
       ("all", 19.93, found.step_seconds),
+      ("forward and backward alone (1F, 1B, 1W)", 1.13 + 1.99 + 0.48,
+       stages * (chunk.forward + chunk.backward)),
+      ("in pairs (1F1B)", 13.95, (m - stages) * chunk.pair),
       ("bubble", 2.06, found.seconds["pipeline bubble"]),
       ("optimizer", 0.29, found.seconds["gradients, optimizer"]),
     )
-  ]
+  ]  # fmt: skip
   return "\n".join(rows)
 
 
@@ -190,4 +227,4 @@ def write() -> None:
 if __name__ == "__main__":
   if "--write" in sys.argv[1:]:
     write()
-  print(table(), terms(), serving_table(), sep="\n\n")
+  print(table(), terms(), hours_table(), serving_table(), sep="\n\n")

@@ -214,13 +214,15 @@ def cache_bytes_per_token(
   """Bytes that decoding keeps of a token in all layers, by kind of attention.
 
   MLA keeps the latent and the rotated key; the others keys and values of their
-  heads, MQA those of one (Sec. 2.1.1). `gqa` has `n_kv_heads`.
+  heads, MQA those of one (Sec. 2.1.1). GQA has `n_kv_heads`, or where those are
+  all heads the eight of DeepSeek-V2, Appendix D (all, if there are fewer).
   """
   a, size = model.attention, ITEM_BYTES[dtype] * model.n_layers
+  grouped = a.n_kv_heads if a.n_kv_heads < a.n_heads else min(8, a.n_heads)
   head = a.nope_dim + a.rope_dim + a.v_dim
   return {
     "mla": (a.kv_rank + a.rope_dim) * size,
     "mha": a.n_heads * head * size,
-    "gqa": a.n_kv_heads * head * size,
+    "gqa": grouped * head * size,
     "mqa": head * size,
   }

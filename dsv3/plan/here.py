@@ -1,5 +1,6 @@
 """The device of this process as a chip, and a run's forecast on it."""
 
+import dataclasses
 import functools
 import os
 import time
@@ -23,7 +24,16 @@ def chip(dtype: str) -> chips.Chip | None:
   device = jax.devices()[0]
   if device.platform == "cpu":
     return _cpu(dtype)
-  return chips.of_device(device.device_kind) if dtype == "bfloat16" else None
+  found = chips.of_device(device.device_kind) if dtype == "bfloat16" else None
+  return found and of_one_device(found)
+
+
+def of_one_device(chip: chips.Chip) -> chips.Chip:
+  """What JAX counts as a device: of some chips it is a half."""
+  n = chip.devices
+  rates = ("bf16", "fp8", "hbm", "hbm_rate", "link_rate", "network_rate")
+  parts = {rate: getattr(chip, rate) / n for rate in rates}
+  return dataclasses.replace(chip, **parts, devices=1)
 
 
 def _cpu(dtype: str) -> chips.Chip:

@@ -1,4 +1,4 @@
-"""Bytes of a device, by part: a training step, and decoding.
+"""Bytes of a device in a training step, by part; of decoding see `unit.py`.
 
 One device on XLA's CPU backend: equal to XLA's own account of the compiled step
 within 15% (`tests/plan/test_plan_memory.py`). `on_cpu` adds what is particular to
@@ -219,50 +219,3 @@ def _logits(values, rows, tokens, mesh) -> float:
   size = count.ITEM_BYTES[model.dtype]
   logits = 3 * 4 * rows * chunk * model.vocab_size / mesh.tensor
   return logits + (1 + model.mtp.depth) * size * tokens * model.dim
-
-
-def decoding(
-  model: config.Model,
-  *,
-  sequences: int,
-  capacity: int,
-  chunk: int = 1,
-  weights: str = "bfloat16",
-  cache: str = "bfloat16",
-  on_cpu: bool = False,
-  widens: bool = True,
-  capacity_bytes: float | None = None,
-) -> Memory:
-  """Bytes of a decoder on one device (`infer.Decoder`): MLA, absorbed.
-
-  `capacity` are the tokens a sequence has room for. `chunk` over 1 is a step of
-  prefill, which makes keys and values of the whole past, a layer at a time.
-  """
-  a, m, s = model.attention, model.moe, count.sizes(model)
-  main = count.by_formula(model).main
-  by_head = a.n_heads * a.kv_rank * (a.nope_dim + a.v_dim) * model.n_layers
-  kept_bytes = count.cache_bytes_per_token(model, cache)["mla"]
-  parts = {
-    "weights": count.ITEM_BYTES[weights] * (main + by_head),
-    "cache": sequences * capacity * kept_bytes,
-  }
-  head, tokens = a.nope_dim + a.rope_dim, sequences * chunk
-  if chunk == 1:
-    working = 3 * sequences * a.n_heads * capacity + 2 * s.expert
-  else:
-    # Keys, values and their blocks; queries and outputs; rows of experts.
-    past = sequences * capacity * a.n_heads * (head + a.v_dim)
-    rows = tokens * m.top_k * (model.dim + 3 * m.hidden)
-    if model.ffn == "dense":
-      rows = 3 * tokens * model.dense_hidden
-    own = tokens * a.n_heads * (head + a.v_dim)
-    working = 1.4 * past + 2.2 * own + 2.1 * rows + 4 * tokens * model.dim
-  working = 4 * working
-  if on_cpu and cache != "float32":  # widened before it is multiplied
-    wide = count.cache_bytes_per_token(model, "float32")["mla"]
-    one = 1 / model.n_layers
-    share = 1 - one * (chunk == 1) if widens else one * (chunk == 1)
-    working += share * sequences * capacity * wide
-  parts["working"] = working
-  parts["logits"] = 4 * sequences * model.vocab_size if chunk == 1 else 0
-  return Memory(parts, capacity_bytes)

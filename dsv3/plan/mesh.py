@@ -132,12 +132,26 @@ def check(
       f"--schedule: found {schedule} with stage = {mesh.stage}, wanted "
       + ("none" if mesh.stage == 1 else "one of " + ", ".join(SCHEDULES[1:]))
     )
-  if schedule.startswith("dualpipe") and mesh.stage % 2:
+  if schedule == "dualpipe" and mesh.stage % 2:
     raise ConfigError(
       f"--mesh: stage: found {mesh.stage}, wanted an even number: {schedule}"
     )
-  if mesh.stage > 1 and microbatches < mesh.stage:
-    raise ConfigError(
-      f"--microbatches: found {microbatches}, wanted at least stage = "
-      f"{mesh.stage}, or the pipeline never fills"
-    )
+  if lack := lacks(schedule, mesh.stage, microbatches):
+    raise ConfigError(f"--microbatches: found {microbatches}, wanted {lack}")
+
+
+def lacks(schedule: str, stages: int, microbatches: int) -> str | None:
+  """What number of microbatches a pipeline wants, if it is not this one.
+
+  >>> lacks("dualpipe", 4, 15)
+  'an even number: dualpipe is fed from both ends (Sec. 3.2.1)'
+  """
+  if stages == 1:
+    return None
+  if microbatches < stages:
+    return f"at least stage = {stages}, or the pipeline never fills"
+  if schedule == "interleaved" and microbatches % stages:
+    return f"a multiple of stage = {stages}: interleaved (arXiv 2104.04473)"
+  if schedule.startswith("dualpipe") and microbatches % 2:
+    return f"an even number: {schedule} is fed from both ends (Sec. 3.2.1)"
+  return None

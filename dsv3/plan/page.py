@@ -49,10 +49,9 @@ def html(plan: Plan) -> str:
       bars(s.seconds, "s"),
     ]
   served = [row for row in plan.serving if row.decode]
-  if plan.serving:
-    curves = {
-      "prefill": [(r.context, r.prefill.tokens_chip) for r in plan.serving]
-    }
+  read = [row for row in plan.serving if row.prefill]
+  if read:
+    curves = {"prefill": [(r.context, r.prefill.tokens_chip) for r in read]}
     curves["decode"] = [(r.context, r.decode.tokens_chip) for r in served]
     parts += [
       "<h2>Tokens/s of a chip against context length</h2>",

@@ -18,7 +18,8 @@ def bubble(schedule: str, stages: int, chunk: Chunk, virtual: int = 1) -> float:
   """Seconds that a stage stands idle in a step (Table 2).
 
   `virtual` chunks of layers a stage divide the bubble of "interleaved" (arXiv
-  2104.04473, Sec. 2.2).
+  2104.04473, Sec. 2.2). DualPipeV is DualPipe of twice as many stages, folded: a
+  device has two of them, half a chunk each (github.com/deepseek-ai/DualPipe).
 
   >>> bubble("dualpipe", 16, Chunk(1.0, 2.0, 1.0, 3.0))
   14.0
@@ -32,12 +33,13 @@ def bubble(schedule: str, stages: int, chunk: Chunk, virtual: int = 1) -> float:
     return (stages - 1) * (f + b) / virtual
   if schedule == "zb1p":
     return (stages - 1) * max(f + b - 2 * w, 0.0)
-  return (stages / 2 - 1) * max(pair + b - 3 * w, 0.0)  # DualPipe and DualPipeV
+  waits = stages / 2 - 1 if schedule == "dualpipe" else (stages - 1) / 2
+  return waits * max(pair + b - 3 * w, 0.0)
 
 
 def copies(schedule: str) -> int:
   """Copies of its stage's parameters that a device holds (Table 2)."""
-  return 2 if schedule.startswith("dualpipe") else 1
+  return 2 if schedule == "dualpipe" else 1
 
 
 def in_flight(schedule: str, stages: int, microbatches: int) -> int:
@@ -47,13 +49,19 @@ def in_flight(schedule: str, stages: int, microbatches: int) -> int:
   return min(stages + schedule.startswith("dualpipe"), microbatches)
 
 
-def hidden_share(schedule: str) -> float:
-  """Share of the expert exchange that may hide behind products (Sec. 3.2.1).
+def paired_share(schedule: str, stages: int, microbatches: int) -> float:
+  """Share of the microbatches whose exchange may hide behind products.
 
   DualPipe pairs the forward pass of one microbatch with the backward pass of
-  another so that one computes while the other exchanges; the others wait.
+  another so that one computes while the other exchanges (Sec. 3.2.1); while the
+  pipeline fills and drains a stage's worth runs alone. The others always wait.
+
+  >>> paired_share("dualpipe", 16, 120) * 120
+  104.0
   """
-  return 1.0 if schedule.startswith("dualpipe") else 0.0
+  if not schedule.startswith("dualpipe"):
+    return 0.0
+  return max(0.0, 1 - stages / microbatches)
 
 
 def computing_share(schedule: str) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from dsv3.plan import count, fitted, serve
 from dsv3.plan.answer import Plan
+from dsv3.plan.unit import cache_bytes, weight_bytes
 
 BAR = 24  # characters of the longest bar
 
@@ -14,9 +15,15 @@ def si(value: float, unit: str) -> str:
 
   >>> si(67.1e9, "B"), si(70_272, "B"), si(19.9, "s"), si(0.0021, "s")
   ('67.1 GB', '70.3 KB', '19.9 s', '2.1 ms')
+  >>> si(40_400, "s")
+  '11.2 h'
   """
-  if value and abs(value) < 1 and unit == "s":
-    return si(value * 1e3, "ms") if value > 1e-3 else si(value * 1e6, "us")
+  if unit == "s":
+    for name, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+      if value >= 2 * size:
+        return f"{value / size:.3g} {name}"
+    if 0 < value < 1:
+      return si(value * 1e3, "ms") if value > 1e-3 else si(value * 1e6, "us")
   for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):  # fmt: skip
     if abs(value) >= size:
       return f"{value / size:.3g} {prefix}{unit}"
@@ -102,7 +109,6 @@ def _counts(plan: Plan) -> list[str]:
   flops = lambda **kwargs: count.flops_per_token(model, seq_len, **kwargs)
   cache = count.cache_bytes_per_token(model)
   a = model.attention
-  hidden = {a.kind} | ({"gqa"} if a.n_kv_heads == a.n_heads else set())
   lines = [
     "COUNTS",
     f"  parameters {n.main:,} main, {n.mtp:,} MTP; {n.active:,} active",
@@ -117,7 +123,7 @@ def _counts(plan: Plan) -> list[str]:
     + ", ".join(
       f"{kind.upper()} {si(v, 'B')} ({v / cache[a.kind]:.3g} times)"
       for kind, v in cache.items()
-      if kind not in hidden
+      if kind != a.kind
     ),
   ]
   return _wrapped(lines)
@@ -143,10 +149,17 @@ def _layout(plan: Plan) -> list[str]:
     f"  mesh {layout.mesh}; pipeline {schedule}; recomputation {one.remat}",
     f"  {layout.batch:,} sequences a step = {layout.mesh.ranks:,} ranks x "
     f"{layout.microbatches} microbatches x {rows:g}",
-    f"  the fastest of {plan.found.considered:,} arrangements considered"
-    if plan.found.considered > 1
-    else "  as given",
+    _chosen(plan),
   ]
+
+
+def _chosen(plan: Plan) -> str:
+  n = plan.found.considered
+  if n == 1:
+    return "  as given"
+  if not plan.memory.fits:
+    return f"  none of {n:,} arrangements considered fits; this lacks the least"
+  return f"  the fastest of {n:,} arrangements considered"
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -164,6 +177,8 @@ def _memory(plan: Plan) -> list[str]:
 def _time(plan: Plan) -> list[str]:
   s = plan.step
   low, expected, high = s.range()
+  fast, _, slow = s.seconds_range()
+  at_low, at_high = (s.mfu * factor for factor in s.factors)
   flops = s.tokens_chip * s.flops_token
   own = count.flops_per_token(
     plan.values.model, plan.values.data.seq_len, mtp=False
@@ -180,12 +195,14 @@ def _time(plan: Plan) -> list[str]:
       + ", ".join(f"{k} {si(v, 's')}" for k, v in bubbles.items())
     )
   return [
-    f"STEP {si(s.step_seconds, 's')}, most of it {s.binds}",
+    f"STEP {si(s.step_seconds, 's')} ({si(fast, 's')} to {si(slow, 's')}), "
+    f"most of it {s.binds}",
     *bars(s.seconds, "s", s.step_seconds),
     f"  tokens/s a chip: {low:,.0f} low, {expected:,.0f} expected, "
     f"{high:,.0f} high; {s.tokens_chip * plan.n_chips:,.0f} in all",
     f"  {flops / 1e12:,.0f} model TFLOP/s a chip, MFU {s.mfu:.1%} of the BF16 "
-    f"peak ({s.mfu * own / s.flops_token:.1%} without MTP)",
+    f"peak ({at_low:.1%} to {at_high:.1%};",
+    f"  {s.mfu * own / s.flops_token:.1%} without MTP)",
     *_wrapped(lines),
   ]
 
@@ -220,9 +237,10 @@ def _cost(plan: Plan) -> list[str]:
   days = expected / plan.n_chips / 24
   lines = [
     f"BUDGET of {big(plan.tokens)} tokens",
-    f"  chip-hours: {big(expected)} expected ({big(fewest)} to {big(most)}), "
+    f"  chip-hours: {big(expected)} expected ({big(fewest)} low to {big(most)} high), "
     f"{days:,.3g} days",
   ]
+  lines = _wrapped(lines)
   if plan.price is not None:
     lines.append(
       f"  at ${plan.price:g} a chip-hour: ${big(expected * plan.price)} "
@@ -263,6 +281,7 @@ def _serving(plan: Plan) -> list[str]:
   unit, rows = plan.unit, []
   for row in plan.serving:
     d, p = row.decode, row.prefill
+    reading = (f"{p.tokens_chip:,.0f}", si(p.latency, "s")) if p else ("-", "-")
     cells = ["-"] * 6
     if d:
       cells = [
@@ -276,8 +295,7 @@ def _serving(plan: Plan) -> list[str]:
     rows.append(
       (
         f"{row.context // 1024}K",
-        f"{p.tokens_chip:,.0f}",
-        si(p.latency, "s"),
+        *reading,
         *cells,
       )
     )
@@ -287,8 +305,8 @@ def _serving(plan: Plan) -> list[str]:
   )  # fmt: skip
   tensor = f", attention TP {unit.tensor}" if unit.tensor > 1 else ""
   model, low_high = plan.values.model, fitted.SERVED_SPREAD
-  held = serve.weight_bytes(model, unit)
-  one = serve.cache_bytes(model, unit, 4096)
+  held = sum(weight_bytes(model, unit).values())
+  one = cache_bytes(model, unit, 4096)
   intensity = serve.absorbed_flops(model) * model.n_layers
   intensity /= count.cache_bytes_per_token(model, unit.cache)["mla"]
   ridge = plan.chip.bf16 / plan.chip.hbm_rate
@@ -300,6 +318,15 @@ def _serving(plan: Plan) -> list[str]:
     f"  MTP: speed-up at {plan.accepted:.0%} acceptance; published servers "
     f"decode at {low_high[0]:.2f} to {low_high[1]:.2f} of this",
   ]
+  served = [row for row in plan.serving if row.decode]
+  for row in served[:: max(1, len(served) - 1)]:  # the first and the last
+    m = row.decode.memory
+    parts = sorted(m.parts.items(), key=lambda item: -item[1])
+    notes.append(
+      f"  memory at {row.context // 1024}K: {si(m.total, 'B')} of "
+      f"{si(m.capacity, 'B')}: "
+      + ", ".join(f"{name} {si(v, 'B')}" for name, v in parts if v)
+    )
   return [
     f"SERVING by units of {unit.chips} chips{tensor}: tokens/s and sequences of "
     "a chip",

@@ -80,6 +80,7 @@ def schedules(shape: Mesh) -> list[tuple[str, int]]:
   if shape.stage == 1:
     return [("none", 1)]
   found = [("1f1b", 1), ("zb1p", 1), ("interleaved", 2), ("interleaved", 4)]
+  found += [("dualpipev", 1)]
   if shape.stage % 2 == 0:
     found += [("dualpipe", 1)]
   return found
@@ -152,6 +153,8 @@ def search(
       kinds, of_cuts, remat
     ):
       if virtual * shape.stage > values.model.n_layers:
+        continue
+      if mesh.lacks(kind, shape.stage, cut):
         continue
       layout = Layout(shape, batch, cut, kind, virtual, precision)
       one = candidate(values, chip, layout, policy)

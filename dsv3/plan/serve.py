@@ -9,45 +9,13 @@ share of the roofline that servers reach, `fitted.LAYER` the fixed time.
 import dataclasses
 
 from dsv3 import config
-from dsv3.config import ConfigError
 from dsv3.plan import count, fitted, kernels, network
 from dsv3.plan.chips import Chip
+from dsv3.plan.memory import Memory
 from dsv3.plan.mesh import Mesh
+from dsv3.plan.unit import Unit, cache_bytes, fitting, memory, slots
 
 DRAFT_ACCEPTED = 0.85  # Sec. 5.4.3: 85% to 90% of second tokens are kept
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-  """Devices that hold one copy of the model between them (Sec. 3.4)."""
-
-  chips: int
-  tensor: int = 1  # attention's (TP), with sequences dealt over the rest (DP)
-  redundant: int = 0  # routed experts held a second time
-  overlap: bool = True  # two microbatches: one computes, the other exchanges
-  precision: str = "fp8"  # of Linears, and of their weights
-  cache: str = "bfloat16"
-
-  def mesh(self) -> Mesh:
-    return Mesh(expert=self.chips)
-
-
-def check(unit: Unit, model: config.Model) -> None:
-  """Raises ConfigError for a unit that cannot be."""
-  if unit.chips % unit.tensor:
-    raise ConfigError(
-      f"--unit_tensor: found {unit.tensor}, wanted a divisor of {unit.chips} chips"
-    )
-  if model.attention.n_heads % unit.tensor:
-    raise ConfigError(
-      f"--unit_tensor: found {unit.tensor}, wanted a divisor of "
-      f"model.attention.n_heads = {model.attention.n_heads}"
-    )
-  if model.attention.kind != "mla":
-    raise ConfigError(
-      f"config.model.attention.kind: found {model.attention.kind}, wanted mla: "
-      "decoding is planned for the latent cache"
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +25,7 @@ class Decode:
   context: int
   batch: float  # sequences a chip
   fitting: float  # the most that its memory holds
+  memory: Memory  # of a chip
   seconds: dict[str, float]  # by term, of a step
   binds: str
   intensity: float  # FLOPs of absorbed attention a byte of cache
@@ -72,39 +41,6 @@ class Decode:
   @property
   def tokens_user(self) -> float:
     return 1 / self.latency
-
-
-def weight_bytes(model: config.Model, unit: Unit) -> float:
-  """Of the fullest device: its experts, attention's share, all that is shared.
-
-  Decoding holds no MTP module here; the head stays BF16.
-  """
-  s, size = count.sizes(model), 1 if unit.precision == "fp8" else 2
-  attention = model.n_layers * s.attention / unit.tensor
-  dense = (model.n_layers - model.n_moe_layers) * s.ffn
-  shared = model.n_moe_layers * s.shared
-  high = 2 * (2 * s.table / unit.tensor + model.n_moe_layers * s.centroids)
-  experts = _slots(model, unit) * model.n_moe_layers * s.expert
-  return size * (attention + dense + shared + experts) + high
-
-
-def _slots(model, unit) -> int:
-  """Routed experts of a layer on the fullest device."""
-  if model.ffn != "moe":
-    return 0
-  return -(-(model.moe.n_routed + unit.redundant) // unit.chips)
-
-
-def cache_bytes(model: config.Model, unit: Unit, context: int) -> float:
-  """Of a sequence, on a device: heads share the latent, so TP keeps it whole."""
-  token = count.cache_bytes_per_token(model, unit.cache)["mla"]
-  return token * context * unit.tensor
-
-
-def fitting(model, chip: Chip, unit: Unit, context: int) -> float:
-  """Sequences a chip that memory holds: a tenth is for all that is at work."""
-  room = 0.9 * chip.hbm - weight_bytes(model, unit)
-  return max(0.0, room / cache_bytes(model, unit, context))
 
 
 def absorbed_flops(model: config.Model) -> float:
@@ -145,7 +81,7 @@ def decode(
   dense = max(size * read / stream, 2 * tokens * linear / rates["dense"])
   if model.ffn == "moe":
     woken = network.expected_experts(model, tokens * unit.chips) / m.n_routed
-    read = woken * _slots(model, unit) * n_moe * s.expert
+    read = woken * slots(model, unit) * n_moe * s.expert
     work = 2 * tokens * m.top_k * n_moe * s.expert
     experts = max(size * read / stream, work / rates["experts"])
   else:
@@ -178,7 +114,8 @@ def decode(
   return Decode(
     context,
     batch,
-    fitting(model, chip, unit, context),
+    fitting(model, unit, context, chip.hbm),
+    memory(model, unit, sequences=batch, context=context, capacity=chip.hbm),
     {k: v for k, v in seconds.items() if v > 0},
     max(parts, key=parts.get),
     absorbed_flops(model)
@@ -239,6 +176,10 @@ def prefill(model: config.Model, chip: Chip, unit: Unit, context: int):
   exchange = model.n_moe_layers * network.exchange_seconds(
     model, mesh, chip, unit.precision, 1.0
   )
+  if unit.tensor > 1:  # a gather and a scatter around attention
+    exchange += model.n_layers * network.ring_seconds(
+      4 * model.dim * 2, Mesh(tensor=unit.tensor), "tensor", chip
+    )
   terms = {**time._asdict(), "exchange": exchange}
   token = max(time.total, exchange) if unit.overlap else sum(terms.values())
   fixed = model.n_layers * fitted.LAYER

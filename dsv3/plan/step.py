@@ -40,6 +40,7 @@ class Step:
   tokens: int  # of the step
   flops_token: float  # model FLOPs: causal, MTP included, nothing twice
   factors: tuple[float, float]  # tokens/s of low and high over the expected
+  chunk: pipeline.Chunk  # of a microbatch and stage
 
   @property
   def step_seconds(self) -> float:
@@ -64,6 +65,11 @@ class Step:
     """Tokens/s of a chip: low, expected, high."""
     low, high = self.factors
     return low * self.tokens_chip, self.tokens_chip, high * self.tokens_chip
+
+  def seconds_range(self) -> tuple[float, float, float]:
+    """Seconds of the step: low, expected, high; low is the fastest."""
+    low, high = self.factors
+    return self.step_seconds / high, self.step_seconds, self.step_seconds / low
 
   def chip_hours(self, tokens: float) -> float:
     return tokens / self.tokens_chip / 3600
@@ -99,19 +105,28 @@ def of(
   between = _between(values, chip, layout, tokens, fullest, mtp)
   waits = {c.name: c.seconds for c in between}
   busy = compute.total * uneven * m
-  exchange = waits.pop("expert exchange", 0.0)
-  if pipeline.hidden_share(layout.schedule):
-    exchange = max(0.0, exchange - busy)
+  sent = exchange = waits.pop("expert exchange", 0.0)
+  paired = pipeline.paired_share(layout.schedule, mesh.stage, m)
+  exchange = max(0.0, exchange - busy) * paired + exchange * (1 - paired)
   gather = max(0.0, waits.pop("weight gather", 0.0) - busy)
+  # Passed on while the next microbatch computes: one of them waits.
+  passed = waits.pop("stage to stage", 0.0) / m
 
   seconds = {NAMES[k]: m * s for k, s in compute._asdict().items()}
   seconds["uneven stages"] = busy - compute.total * m
   seconds["expert exchange"] = exchange
   seconds["weight gather"] = gather
+  seconds["stage to stage"] = passed
   seconds |= waits
   f, b = forward.total * uneven, backward.total * uneven
-  per = (exchange + sum(waits.values())) / m
-  chunk = pipeline.Chunk(f + per / 3, b + 2 * per / 3, weights, f + b + per)
+  # Of one microbatch and stage: alone it waits for its exchange, there and back.
+  wait, other = sent / m, sum(waits.values()) / m
+  chunk = pipeline.Chunk(
+    f + wait / 2 + other / 3,
+    b + wait / 2 + other * 2 / 3,
+    weights,
+    f + b + other + (max(0.0, wait - f - b) if paired else wait),
+  )
   seconds["pipeline bubble"] = pipeline.bubble(
     layout.schedule, mesh.stage, chunk, layout.virtual
   )
@@ -119,7 +134,11 @@ def of(
   state = memory.shares(model, mesh).total / (mesh.data * mesh.fsdp)
   moved = 2 * memory.state_bytes(values.optimizer, values.train) + 4
   update = state * moved / (chip.hbm_rate * kernels.MEMORY)
-  seconds["gradients, optimizer"] = update + sum(c.seconds for c in once)
+  after = {c.name: c.seconds for c in once}
+  # Two copies of a stage are summed while the pipeline drains.
+  copies = after.pop("gradients of both copies", 0.0)
+  after["copies"] = max(0.0, copies - seconds["pipeline bubble"])
+  seconds["gradients, optimizer"] = update + sum(after.values())
   return Step(
     chip,
     layout,
@@ -128,6 +147,7 @@ def of(
     layout.batch * seq_len,
     count.flops_per_token(model, seq_len, mtp=mtp),
     fitted.SPREAD.get((chip.family, layout.precision), (0.8, 1.2)),
+    chunk,
   )
 
 
@@ -181,9 +201,8 @@ def _between(values, chip, layout, tokens, fullest, mtp) -> list[Collective]:
   if mesh.stage > 1:
     n_bytes = 2 * tokens * d * 2 / mesh.tensor
     one = n_bytes / network.rate(mesh, "stage", chip)
-    # Sent while the next microbatch computes; the fill is in the bubble.
     found.append(
-      Collective("stage to stage", "stage", n_bytes, "microbatch", one)
+      Collective("stage to stage", "stage", n_bytes, "microbatch", m * one)
     )
   return found
 
@@ -196,6 +215,12 @@ def _once(values, chip, layout) -> list[Collective]:
   experts = held.experts * (4 + low) / mesh.fsdp
   others = held.others * (4 + low) / mesh.fsdp
   found = []
+  if pipeline.copies(layout.schedule) > 1:  # gradients of the two copies
+    n_bytes = 4 * held.total / mesh.fsdp
+    seconds = n_bytes / network.rate(mesh, "stage", chip)
+    found.append(
+      Collective("gradients of both copies", "stage", n_bytes, "step", seconds)
+    )
   if mesh.data > 1:
     seconds = network.ring_seconds(experts, mesh, "data", chip)
     found.append(

@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsv3.config import ConfigError
 from dsv3.infer import Decoder, Sampling, cache, generate, stream
-from dsv3.infer.decoder import _as_used, _step
+from dsv3.infer.decoder import _as_used, one_step, read_chunk
 from dsv3.infer.network import Network
 from dsv3.infer.sampling import choose, filtered
 from dsv3.nn import transformer
@@ -107,7 +107,7 @@ def test_weights_are_cast_once_but_for_norms_and_routers():
   past = past._replace(hidden_BD=past.hidden_BD.astype(jnp.bfloat16))
   token = jnp.array([7])
   a, b = (
-    _step(w, past.cache, token, graphdef=graphdef)[0]
+    one_step(w, past.cache, token, graphdef=graphdef)[0]
     for w in (weights, kept_twice)
   )
   np.testing.assert_array_equal(a, b)
@@ -124,7 +124,7 @@ def test_a_cpu_keeps_experts_and_head_in_two_bytes_and_all_else_in_four():
   assert set(kinds.values()) == {2, 4}
   past = decoder.read([[1, 2]], 4)
   assert past.hidden_BD.dtype == jnp.float32
-  assert past.cache.layers[0].c_kv_BMC.dtype == jnp.bfloat16
+  assert past.cache.layers[0].values().c_kv_BMC.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("n, wanted", [(1, 64), (65, 128), (513, 640)])
@@ -147,7 +147,7 @@ def test_a_cache_in_fp8_is_near_the_forward_pass(model):
   wanted_LW = full_logits(model, tokens)
   decoder = Decoder(model, cache_dtype="float8_e4m3fn")
   logits_BW, past = decoder.prefill([tokens[:30]], 10)
-  assert past.layers[0].c_kv_BMC.dtype == jnp.float8_e4m3fn
+  assert past.layers[0].values().c_kv_BMC.dtype == jnp.float8_e4m3fn
   for i in range(30, 40):
     logits_BW, past = decoder.step(jnp.array(tokens[i : i + 1]), past)
     error = np.abs(logits_BW[0] - wanted_LW[i]).max()
@@ -192,8 +192,10 @@ def test_the_absorbed_form_makes_no_key_or_value_of_the_past(model):
 
   keys = past.cache.capacity * a.n_heads * (a.nope_dim + a.rope_dim)
   chunk = jnp.ones((1, 65), jnp.int32)
-  assert keys in sizes(decoder._prefill, past, chunk, one, 0)
-  assert max(sizes(decoder._step, past.cache, one)) < keys
+  read = decoder.compiled(read_chunk, "past")
+  assert keys in sizes(read, past, chunk, one, 0)
+  step = decoder.compiled(one_step, "cache")
+  assert max(sizes(step, past.cache, one)) < keys
 
 
 def equations(jaxpr):

@@ -48,7 +48,12 @@ def test_fitted_numbers_are_those_a_fit_gives():
 
 def test_tables_of_the_experiment_are_what_the_planner_says():
   text = PAGE.read_text()
-  for table in (backtest.table(), backtest.serving_table(), backtest.terms()):
+  for table in (
+    backtest.table(),
+    backtest.terms(),
+    backtest.hours_table(),
+    backtest.serving_table(),
+  ):
     assert table in text, "run python -m dsv3.plan.backtest and put it there"
 
 

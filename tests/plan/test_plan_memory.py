@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3 import config, overlay, plan
-from dsv3.infer import Decoder
+from dsv3.infer import Decoder, decoder
 from dsv3.infer import cache as caches
 from dsv3.nn.transformer import make_model
-from dsv3.plan import count, memory
+from dsv3.plan import count, memory, unit
 from dsv3.train import optimizer, schedule, state, step
 
 MARGIN = 0.15
@@ -97,7 +97,7 @@ def test_activations_are_dealt_over_data():
 
 
 @functools.cache
-def decoder(dtype: str) -> Decoder:
+def decoder_of(dtype: str) -> Decoder:
   model = of("tiny", {"model.dtype": dtype}).model
   return Decoder(jax.jit(lambda: make_model(model, jax.random.key(0)))())
 
@@ -107,25 +107,29 @@ def decoder(dtype: str) -> Decoder:
 )
 def test_decoder_takes_what_xla_says(dtype, chunk):
   """A step of decoding, and of prefill by 256 tokens at a time."""
-  one, n_sequences, capacity = decoder(dtype), 4, 8192
+  one, n_sequences, capacity = decoder_of(dtype), 4, 8192
   if chunk == 1:
     past = caches.empty(one.model, n_sequences, capacity)
     tokens_B = jnp.zeros(n_sequences, jnp.int32)
-    program = one._step.lower(one.weights, past, tokens_B)
+    step = one.compiled(decoder.one_step, "cache")
+    program = step.lower(one.weights, past, tokens_B)
   else:
     past = one._empty(n_sequences, capacity, 0)
     rows_BL = np.zeros((n_sequences, chunk + 1), np.int32)
     length_B = np.full(n_sequences, chunk, np.int32)
-    program = one._prefill.lower(one.weights, past, rows_BL, length_B, 0)
-  planned = memory.decoding(
+    read = one.compiled(decoder.read_chunk, "past")
+    program = read.lower(one.weights, past, rows_BL, length_B, 0)
+  # Of bfloat16 a CPU keeps experts and head (infer/cpu.py): most weights.
+  precision = {"float32": "float32", "bfloat16": "bf16"}[dtype]
+  alone = unit.Unit(1, precision=precision, cache=dtype)
+  planned = unit.memory(
     one.model,
+    alone,
     sequences=n_sequences,
-    capacity=capacity,
+    context=capacity,
     chunk=chunk,
-    weights="float32",  # a CPU computes in it (infer/decoder.py)
-    cache=dtype,
+    drafts=False,
     on_cpu=True,
-    widens=WIDENS,
   )
   found = total(program.compile().memory_analysis())
   assert planned.total == pytest.approx(found, rel=MARGIN)
@@ -165,8 +169,35 @@ def test_more_devices_hold_less_each(axis):
 
 
 def test_cache_of_decoding_is_the_published_one():
-  parts = memory.decoding(V3.model, sequences=3, capacity=4096).parts
-  assert parts["cache"] == 3 * 4096 * 70_272
+  one = unit.Unit(1, precision="bf16")
+  parts = unit.memory(V3.model, one, sequences=3, context=4096).parts
+  # The module that drafts has a latent of its own.
+  assert parts["cache"] == pytest.approx(3 * 4096 * 70_272 * 62 / 61)
   by_head = 61 * 128 * 512 * (128 + 128)
-  n = count.by_formula(V3.model).main
-  assert parts["weights"] == 2 * (n + by_head)
+  n = count.by_formula(V3.model)
+  assert parts["weights"] == 2 * (n.main + by_head)
+  assert parts["MTP module"] == pytest.approx(2 * n.mtp, rel=2e-4)
+
+
+def test_a_unit_holds_every_part_once_but_what_all_share():
+  """16 chips with no expert twice, against one: what is sharded, what is not."""
+  kwargs = {"sequences": 4, "context": 4096}
+  one, many = (
+    unit.memory(V3.model, unit.Unit(n, overlap=False), **kwargs).parts
+    for n in (1, 16)
+  )
+  s = count.sizes(V3.model)
+  experts = 58 * 256 * s.expert
+  assert one["weights"] - many["weights"] == experts * 15 / 16
+  assert "exchange" not in one
+  rows = 4 * 256  # every token at every expert of the chip's, from 16 chips
+  assert many["exchange"] == rows * 7168 * (1 + 4 / 128 + 2)
+  assert one["cache"] == many["cache"]
+
+
+def test_what_fits_in_a_chip_is_what_its_parts_leave():
+  one = unit.Unit(144, redundant=32)
+  n = unit.fitting(V3.model, one, 8192, 80e9)
+  held = lambda n: unit.memory(V3.model, one, sequences=n, context=8192).total
+  assert held(n) == pytest.approx(0.95 * 80e9)
+  assert unit.fitting(V3.model, unit.Unit(1), 8192, 80e9) == 0

@@ -80,19 +80,21 @@ def test_experts_of_v3_lie_on_8_nodes():
     ("1f1b", 15 * (3 + 7)),
     ("zb1p", 15 * (3 + 7 - 2 * 2)),
     ("dualpipe", 7 * (9 + 7 - 3 * 2)),
-    ("dualpipev", 7 * (9 + 7 - 3 * 2)),
     ("interleaved", 15 * (3 + 7) / 5),
   ],
 )
 def test_table2_bubbles(schedule, wanted):
   chunk = pipeline.Chunk(forward=3, backward=7, weights=2, pair=9)
+  # Of the same 16 stages in eight devices, each with two of them.
+  whole = pipeline.Chunk(forward=6, backward=14, weights=4, pair=18)
+  assert pipeline.bubble("dualpipev", 8, whole) == 7 * (9 + 7 - 3 * 2)
   assert pipeline.bubble(schedule, 16, chunk, virtual=5) == wanted
   assert pipeline.bubble(schedule, 1, chunk) == 0
 
 
 def test_table2_parameters_and_activations():
   for schedule, copies, held in (
-    ("1f1b", 1, 16), ("zb1p", 1, 16), ("dualpipe", 2, 17), ("dualpipev", 2, 17),
+    ("1f1b", 1, 16), ("zb1p", 1, 16), ("dualpipe", 2, 17), ("dualpipev", 1, 17),
   ):  # fmt: skip
     assert pipeline.copies(schedule) == copies
     assert pipeline.in_flight(schedule, 16, 120) == held

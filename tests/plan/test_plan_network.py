@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from dsv3 import config, overlay, plan
-from dsv3.plan import chips, kernels, network, serve, step
+from dsv3.plan import chips, here, kernels, network, serve, step, unit
 
 V3 = config.build(overlay.load("v3_671b"))
 MODEL, H800 = V3.model, chips.chip("h800")
@@ -50,10 +51,34 @@ def test_dualpipe_hides_the_exchange_and_others_wait():
   one = lambda schedule: step.of(
     V3, H800, step.Layout(PAPER, 15_360, 120, schedule, 1, "fp8")
   )
-  assert "expert exchange" not in one("dualpipe").seconds
   waits = one("zb1p").seconds["expert exchange"]
   sent = {c.name: c.seconds for c in one("dualpipe").collectives}
   assert waits == pytest.approx(sent["expert exchange"])
+  # While the pipeline fills and drains, 16 of 120 microbatches have no partner.
+  alone = one("dualpipe").seconds["expert exchange"]
+  assert alone == pytest.approx(waits * 16 / 120)
+  # What a stage passes on is of every microbatch; all but one hide.
+  assert sent["stage to stage"] == pytest.approx(
+    120 * one("dualpipe").seconds["stage to stage"]
+  )
+
+
+def test_nodes_that_a_token_reaches_are_those_of_random_scores():
+  """Group-limited top-k on uniform affinities, 20,000 tokens of V3's router."""
+  rng = np.random.default_rng(0)
+  score = rng.random((20_000, 8, 32))
+  group = np.sort(score, axis=2)[..., -2:].sum(2)  # the two best (Sec. 2.1.2)
+  best = np.argsort(group, axis=1)[:, -4:]
+  masked = np.full_like(score, -1.0)
+  np.put_along_axis(
+    masked, best[..., None], np.take_along_axis(score, best[..., None], 1), 1
+  )
+  chosen = np.argsort(masked.reshape(-1, 256), axis=1)[:, -8:]
+  for nodes in (4, 8, 16):
+    reached = [len(set(row)) for row in chosen // (256 // nodes)]
+    mesh = plan.Mesh(expert=nodes * 8)
+    found = network.reach(MODEL, mesh, 8).domains * nodes / (nodes - 1)
+    assert found == pytest.approx(np.mean(reached), rel=0.03)
 
 
 def test_terms_add_up_and_mfu_is_tokens_times_flops_over_the_peak():
@@ -68,9 +93,9 @@ def test_terms_add_up_and_mfu_is_tokens_times_flops_over_the_peak():
 
 
 def test_absorbed_attention_does_242_flops_a_byte_of_cache():
-  one = serve.decode(MODEL, H800, serve.Unit(144), 4096, 32)
+  one = serve.decode(MODEL, H800, unit.Unit(144), 4096, 32)
   assert one.intensity == pytest.approx(278_528 / 1152)
-  two = serve.decode(MODEL, H800, serve.Unit(144), 4096, 32, queries=2)
+  two = serve.decode(MODEL, H800, unit.Unit(144), 4096, 32, queries=2)
   assert two.intensity == pytest.approx(2 * 278_528 / 1152)
 
 
@@ -86,7 +111,7 @@ def test_bound_of_the_exchange_is_the_published_one():
 def test_decode_reads_the_experts_it_wakes(batch, experts):
   """On one chip, whatever memory: their bytes at the rate that HBM reaches."""
   found = serve.decode(
-    MODEL, H800, serve.Unit(1, overlap=False), 16, batch, served=1, layer=0
+    MODEL, H800, unit.Unit(1, overlap=False), 16, batch, served=1, layer=0
   )
   n_bytes = experts * 58 * 44_040_192  # one byte a number
   wanted = n_bytes / (3.35e12 * kernels.MEMORY)
@@ -94,29 +119,75 @@ def test_decode_reads_the_experts_it_wakes(batch, experts):
 
 
 def test_long_contexts_are_bound_by_the_cache_and_halve_what_fits():
-  unit = serve.Unit(144, redundant=32)
-  a, b = (serve.decode(MODEL, H800, unit, n, 3) for n in (65_536, 131_072))
+  one = unit.Unit(144, redundant=32)
+  a, b = (serve.decode(MODEL, H800, one, n, 3) for n in (65_536, 131_072))
   assert b.seconds["attention"] == pytest.approx(2 * a.seconds["attention"])
-  assert b.fitting == pytest.approx(a.fitting / 2)
+  assert b.fitting == pytest.approx(a.fitting / 2, rel=0.01)
   assert b.binds == "attention"
   # Heads share the latent: TP leaves its bytes on every chip.
-  assert serve.cache_bytes(MODEL, serve.Unit(320, 4), 1000) == 4 * 70_272_000
+  assert unit.cache_bytes(MODEL, unit.Unit(320, 4), 1000) == 4 * 70_272_000
 
 
 def test_mtp_speed_up_is_what_acceptance_and_cost_make_of_it():
-  unit = serve.Unit(144, redundant=32)
-  gain, cost = serve.speculation(MODEL, H800, unit, 4096, 4, accepted=0.85)
+  one = unit.Unit(144, redundant=32)
+  gain, cost = serve.speculation(MODEL, H800, one, 4096, 4, accepted=0.85)
   assert gain == pytest.approx(1.85 / (1 + cost)) and 0 < cost < 0.2
   assert 1.5 < gain < 1.85  # Sec. 5.4.3: 1.8 times the tokens a second
-  full, _ = serve.speculation(MODEL, H800, unit, 4096, 64, accepted=0.85)
+  full, _ = serve.speculation(MODEL, H800, one, 4096, 64, accepted=0.85)
   assert full < gain  # two queries a sequence cost most where compute binds
 
 
 def test_sec34_units_of_the_report():
   for name, n_chips, slots in (("prefill32", 32, 9), ("decode320", 320, 1)):
-    unit = plan.PRESETS[name].unit
-    assert unit.chips == n_chips and unit.tensor == 4
-    assert serve._slots(MODEL, unit) == slots
+    one = plan.PRESETS[name].unit
+    assert one.chips == n_chips and one.tensor == 4
+    assert unit.slots(MODEL, one) == slots
     found = plan.of(V3, preset=name)
     assert [row.context for row in found.serving][::5] == [4096, 131_072]
     assert all(row.decode for row in found.serving)
+
+
+def test_prompts_pay_for_what_tensor_parallelism_sends_and_for_memory():
+  one, four = (
+    serve.prefill(MODEL, H800, unit.Unit(32, n, overlap=False), 4096)
+    for n in (1, 4)
+  )
+  # 4 x 7168 values of two bytes a token and layer, three quarters of them sent.
+  sent = 61 * 4 * 7168 * 2 * 3 / 4 / (H800.link_rate * network.REACHED)
+  slower = 1 / four.tokens_chip - 1 / one.tokens_chip
+  assert slower > 0.9 * sent
+  (row, *_) = plan.of(V3, chip="v5e", n_chips=1).serving
+  assert row.prefill is None and row.decode is None
+
+
+def test_chips_without_fp8_units_train_at_one_speed():
+  found = [
+    plan.of(V3, chip="v5p", n_chips=2048, precision=precision)
+    for precision in ("fp8", "bf16")
+  ]
+  fp8, bf16 = (one.step.tokens_chip for one in found)
+  assert fp8 == bf16
+  assert "v5p has no FP8 units" in found[0].warnings[0]
+
+
+@pytest.mark.parametrize(
+  "kind, peak",
+  [
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA GH200 120GB", 989e12),
+    ("NVIDIA GB200", 2500e12),
+    ("TPU7x", 2307e12 / 2),  # a chip is two devices
+    ("TPU v6 lite", 918e12),
+    ("cpu", None),
+  ],
+)
+def test_peak_of_a_device_is_known_by_its_kind(kind, peak):
+  assert chips.peak_flops(kind) == peak
+  assert chips.of_device("NVIDIA GH200 120GB") is None
+
+
+def test_hbm_of_tpus_is_in_gib():
+  assert chips.chip("v5p").hbm == 95 * 2**30
+  half = here.of_one_device(chips.chip("tpu7x"))
+  assert (half.hbm, half.devices) == (96 * 2**30, 1)
