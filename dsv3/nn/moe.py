@@ -10,6 +10,7 @@ from dsv3 import config
 from dsv3.nn.layers import Ffn, linear, matrix, weight
 from dsv3.ops import balance, dispatch, routing
 from dsv3.ops.gemm import Gemm
+from dsv3.ops.placement import ONE_DEVICE, Peers, Placement
 
 
 class RouterBias(nnx.Variable):
@@ -41,7 +42,8 @@ class Router(nnx.Module):
 
   def __init__(self, model: config.Model, *, key: jax.Array):
     m = model.moe
-    self.centroid = weight(key, (m.n_routed, model.dim), model.init_std)
+    # Of all experts: a token is compared with every one, wherever it lies.
+    self.centroid = weight(key, "_ D", (m.n_routed, model.dim), model.init_std)
     if m.has_bias:
       self.bias = RouterBias(jnp.zeros(m.n_routed, jnp.float32))
     self.moe = m
@@ -93,7 +95,14 @@ class Experts(nnx.Module):
 class Moe(nnx.Module):
   """Shared plus routed experts, no token dropped (Eq. 12)."""
 
-  def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):
+  def __init__(
+    self,
+    model: config.Model,
+    *,
+    gemm: Gemm,
+    key: jax.Array,
+    placement: Placement = ONE_DEVICE,
+  ):
     m = model.moe
     keys = jax.random.split(key, 3)
     self.router = Router(model, key=keys[0])
@@ -108,25 +117,45 @@ class Moe(nnx.Module):
         key=keys[2],
       )
     self.moe = m
+    self.placement = placement
 
   def __call__(
     self, u_BLD: jax.Array, segments_BL: jax.Array
   ) -> tuple[jax.Array, Traffic]:
     """The output, without the residual, and the traffic."""
-    m = self.moe
-    u_TD = u_BLD.reshape(-1, u_BLD.shape[-1])
-    routed = self.router(u_TD)
-    plan = dispatch.plan(
-      routed.experts_TK, segments_BL.reshape(-1) > 0, m.n_routed
+    run = self.placement.spread(
+      route_and_run, ("", "", "BLD", "BL"), ("BLD", Traffic("X", "BX", "BX"))
     )
-    with jax.named_scope("eq12"):
-      x_AD = dispatch.dispatch(u_TD, plan)
-      gate_A = dispatch.sort_gates(routed.gate_TK, plan)
-      y_AD = self.experts(x_AD, gate_A, plan.load_E)
-      y_BLD = dispatch.combine(y_AD, plan).reshape(u_BLD.shape)
-      if m.n_shared:
-        y_BLD = y_BLD + self.shared(u_BLD)
-    count_BE, mass_BE = balance.sequence_statistics(
-      routed.affinity_TE, segments_BL, m.top_k
-    )
-    return y_BLD, Traffic(plan.load_E, count_BE, mass_BE)
+    y_BLD, traffic = run(self.router, self.experts, u_BLD, segments_BL)
+    if self.moe.n_shared:
+      y_BLD = y_BLD + self.shared(u_BLD)
+    return y_BLD, traffic
+
+
+def route_and_run(
+  peers: Peers, router: Router, experts: Experts, u_BLD, segments_BL
+) -> tuple[jax.Array, Traffic]:
+  """The routed experts' part of Eq. 12 for the tokens of this device.
+
+  The load is that of all devices: each has a share of the tokens.
+  """
+  m = router.moe
+  u_TD = u_BLD.reshape(-1, u_BLD.shape[-1])
+  routed = router(u_TD)
+  plan = dispatch.plan(
+    routed.experts_TK, segments_BL.reshape(-1) > 0, m.n_routed
+  )
+  with jax.named_scope("eq12"):
+    x_AD = dispatch.dispatch(u_TD, plan)
+    gate_A = dispatch.sort_gates(routed.gate_TK, plan)
+    y_AD = peers.exchange(experts, x_AD, gate_A, plan)
+    y_TD = peers.total(dispatch.combine(y_AD, plan), "F")
+  count_BE, mass_BE = balance.sequence_statistics(
+    routed.affinity_TE, segments_BL, m.top_k
+  )
+  traffic = Traffic(
+    peers.total(plan.load_E, "BL"),
+    peers.total(count_BE, "L"),
+    peers.total(mass_BE, "L"),
+  )
+  return y_TD.reshape(u_BLD.shape), traffic

@@ -1,0 +1,99 @@
+"""Where the state and the batches of a run lie: its mesh, applied."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from dsv3 import config
+from dsv3.ops.placement import ONE_DEVICE, Placement
+from dsv3.parallel import layout, mesh, placement, sizes
+from dsv3.train.state import TrainState
+from dsv3.train.step import Batch
+
+BATCH = Batch("BL", "BPL", "BL")  # the dims of a batch's arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A mesh of the devices that there are, and what goes where on it."""
+
+  sizes: config.Mesh
+  mesh: jax.sharding.Mesh
+  placement: Placement = ONE_DEVICE
+
+  def of_state(self, like: TrainState) -> TrainState:
+    """A sharding for every array of a state.
+
+    The optimizer's state and the average of the parameters are over the
+    replicas (ZeRO-1, Sec. 3.2), parameters over `fsdp` and what computes
+    different parts of them; all else is everywhere.
+    """
+    where = (self.sizes, self.mesh)
+    return layout.everywhere(like, self.mesh).replace(
+      params=layout.weights(like.params, *where),
+      opt_state=layout.moments(like.opt_state, *where),
+      ema=layout.moments(like.ema, *where),
+    )
+
+  def of_batch(self) -> Batch:
+    """A sharding for every array of a batch: rows dealt, positions cut."""
+    return Batch(*(layout.computed(dims, self.mesh) for dims in BATCH))
+
+  def put(self, tree: Any, shardings: Any) -> Any:
+    """Arrays where their shardings say."""
+    return jax.device_put(tree, shardings)
+
+
+def of_run(values: config.Config) -> Layout:
+  """The Layout of a run; ConfigError, with the field, where none can be."""
+  devices = jax.device_count()
+  found = sizes.resolve(values.mesh, devices)
+  sizes.check_run(found, values, devices)
+  made = mesh.make(found)
+  return Layout(found, made, placement.make(found, made))
+
+
+def describe(like: TrainState, values: config.Config, where: Layout) -> str:
+  """Every array of the state and the batch: its spec, its bytes on a device."""
+  length, size = values.data.seq_len, values.schedule.batch_size
+  of = lambda *dims: jax.ShapeDtypeStruct((size, *dims, length), "int32")
+  batch = Batch(of(), of(1 + values.model.mtp.depth), of())
+  rows = [
+    *layout.rows(like, where.of_state(like)),
+    *layout.rows(batch, where.of_batch()),
+  ]
+  cells = [("array", "shape", "dtype", "spec", "bytes a device")]
+  cells += [
+    (
+      r.name,
+      "x".join(map(str, r.shape)),
+      r.dtype,
+      _text(r.spec),
+      f"{r.bytes:,}",
+    )
+    for r in rows
+  ]
+  widths = [max(len(row[i]) for row in cells) for i in range(5)]
+  lines = [
+    "  ".join(cell.ljust(w) for cell, w in zip(row[:4], widths))
+    + f"  {row[4]:>{widths[4]}}"
+    for row in cells
+  ]
+  total = sum(row.bytes for row in rows)
+  return "\n".join(
+    [*lines, f"{total:,} bytes on each of {where.sizes.size}: {where.sizes}"]
+  )
+
+
+def _text(spec) -> str:
+  """`-,expert,data+fsdp`: the axes of every dim.
+
+  >>> from jax.sharding import PartitionSpec
+  >>> _text(PartitionSpec(None, ("data", "fsdp")))
+  '-,data+fsdp'
+  """
+  part = lambda p: (
+    "-" if p is None else p if isinstance(p, str) else "+".join(p)
+  )
+  return ",".join(map(part, spec)) or "-"
