@@ -155,6 +155,20 @@ def test_delayed_amax_is_that_of_the_whole_batch():
     np.testing.assert_allclose(history[2][name], whole, rtol=0.2)
 
 
+def test_delayed_scales_are_of_the_largest_of_the_history():
+  start = steps.prepared(DELAYED)
+  params, model = start.start.params, start.values.model
+  memory = precision.first_memory(params, model)
+  steps_16 = (
+    jnp.zeros(16).at[jnp.array([0, 5, 15])].set(jnp.array([2.0, 7.0, 3.0]))
+  )
+  history = {k: v + steps_16 for k, v in memory.history.items()}
+  found = precision.prepare(params, model, memory._replace(history=history))
+  for weight in found.values():
+    assert (weight.past == 7).all()
+    assert weight.fprop.scale.max() == np.float32(7) * np.float32(1 / 448)
+
+
 def test_a_step_that_is_left_out_is_not_remembered():
   prepared = steps.prepared(DELAYED)
   _, state = train(prepared, 1)
