@@ -199,6 +199,24 @@ def test_patterns_keep_linears_high():
   assert len({float(m[0]["loss"]) for m in (plain, low, mixed)}) == 3
 
 
+def test_patterns_and_the_guard_both_keep_linears_high():
+  guarded = {
+    **FP8,
+    "model.precision.high": ("*.w_o",),
+    "model.precision.report_every": 1,
+    "model.precision.guard": 0.5,
+    "model.precision.guard_action": "keep_high",
+  }
+  start = steps.prepared(guarded)
+  params, model = start.start.params, start.values.model
+  memory = precision.first_memory(params, model)
+  caught = "moe.attention.w_dkv"
+  high = {**memory.high, caught: jnp.ones_like(memory.high[caught])}
+  found = precision.prepare(params, model, memory._replace(high=high))
+  kept = {name for name, weight in found.items() if bool(weight.high.all())}
+  assert kept == {caught, "dense.attention.w_o", "moe.attention.w_o"}
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
   written = micro.write_corpus(tmp_path_factory.mktemp("corpus"))
