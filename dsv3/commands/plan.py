@@ -32,8 +32,8 @@ def plan(arguments: argparse.Namespace) -> None:
     from dsv3.plan import page
 
     path = pathlib.Path(arguments.html)
-    if not path.parent.is_dir():
-      raise ConfigError(f"--html: found no folder {path.parent}")
+    if path.is_dir() or not path.parent.is_dir():
+      raise ConfigError(f"--html: found {path}, wanted a file in a folder")
     path.write_text(page.html(found))
   if arguments.json:
     print(json.dumps(answer.as_dict(found), indent=1))

@@ -178,6 +178,11 @@ def of(
       warnings.append(_lacking(found.ranked[0], one, everything))
   if unit is None:
     unit = _unit(values.model, one, n_chips, precision)
+  elif unit.chips > n_chips:
+    raise ConfigError(
+      f"--unit: found {unit.chips} chips, wanted at most --chips = {n_chips}"
+    )
+  unit = dataclasses.replace(unit, precision=precision)
   serving = ()
   if values.model.attention.kind == "mla":
     check(unit, values.model)
@@ -218,14 +223,19 @@ def _lacking(best: Candidate, chip: chips.Chip, everything: bool) -> str:
 
 
 def _unit(model, chip, n_chips, precision) -> Unit:
-  """The fewest chips, a power of two, whose half holds the weights."""
+  """The fewest chips, a power of two, whose half holds the weights.
+
+  Or so many that more would hold no less.
+  """
+  held = lambda n: sum(
+    weight_bytes(model, Unit(n, precision=precision)).values()
+  )
   size = 1
-  while size < n_chips and (
-    sum(weight_bytes(model, Unit(size, precision=precision)).values())
-    > 0.5 * chip.hbm
-  ):
+  while 2 * size <= n_chips and held(size) > 0.5 * chip.hbm:
+    if held(2 * size) > 0.99 * held(size):
+      break
     size *= 2
-  return Unit(min(size, n_chips), precision=precision)
+  return Unit(size, precision=precision)
 
 
 def _serving(values, chip, unit, batch, accepted, warnings) -> tuple:

@@ -92,10 +92,16 @@ class Shares(NamedTuple):
 
   experts: float
   others: float
+  tables: float  # of the others: embedding and head, which stay BF16
 
   @property
   def total(self) -> float:
     return self.experts + self.others
+
+  def low_bytes(self, precision: str) -> float:
+    """Bytes of the copies that products read (Sec. 3.3.1)."""
+    size = 1 if precision == "fp8" else 2
+    return size * self.total + (2 - size) * self.tables
 
 
 def shares(model: config.Model, mesh: Mesh) -> Shares:
@@ -111,7 +117,9 @@ def shares(model: config.Model, mesh: Mesh) -> Shares:
   tables /= min(mesh.stage, 2) if mesh.stage > 1 else 1
   cut = mesh.tensor
   return Shares(
-    experts * fullest / cut / mesh.expert, (others * fullest + tables) / cut
+    experts * fullest / cut / mesh.expert,
+    (others * fullest + tables) / cut,
+    tables / cut,
   )
 
 
@@ -122,6 +130,7 @@ def training(
   microbatches: int | None = None,
   batch: int | None = None,
   schedule: str = "none",
+  virtual: int = 1,
   precision: str = "bf16",
   capacity: float | None = None,
   on_cpu: bool = False,
@@ -146,19 +155,19 @@ def training(
   parts["optimizer"] = (of_state - 4) * sharded
   if not one_device:
     # What products read: rounded weights, gathered from their master copies.
-    low = 1 if precision == "fp8" else 2
-    parts["weights"] += low * held.total / mesh.fsdp
+    low = held.low_bytes(precision)
+    parts["weights"] += low / mesh.fsdp
     if mesh.fsdp > 1:
       layers = pipeline.layers_of_fullest(
         model.n_layers + model.mtp.depth, mesh
       )
-      parts["weights"] += 2 * low * held.total / copies / layers
+      parts["weights"] += 2 * low / copies / layers
   accumulated = microbatches > 1 and (mesh.stage == 1)
   unrolled = on_cpu and model.layers == "unrolled"
   parts["gradients"] = 4 * held.total / mesh.fsdp * (1 + accumulated + unrolled)
 
   at_work, stored = _activations(model, tokens, mesh, precision, on_cpu, widens)
-  flying = pipeline.in_flight(schedule, mesh.stage, microbatches)
+  flying = pipeline.in_flight(schedule, mesh.stage, microbatches, virtual)
   parts["activations"] = flying * stored
   parts["working"] = at_work
   if on_cpu and model.remat == "none" and model.moe.kernel == "auto":
@@ -192,7 +201,8 @@ def _activations(
     )
   remade = remat != "none"
   again = kept(model, kind, "none", dtype) - of(kind) if remade else 0
-  single = kept(model, kind, "none", "float32" if widens else dtype)
+  # A CPU computes in float32.
+  single = kept(model, kind, "none", "float32" if on_cpu and widens else dtype)
   work = again + WORKING[kind, remade] * single
   # A CPU widens what was kept in bfloat16 before it multiplies.
   widened = on_cpu and widens and dtype == "bfloat16"

@@ -26,7 +26,7 @@ def parse(text: str, chips: int) -> Mesh:
       raise ConfigError(f"--mesh: found {part}, wanted axis=size, of {known}")
     if axis in sizes:
       raise ConfigError(f"--mesh: {axis} is there twice")
-    if size != "-1" and not (size.isdigit() and int(size)):
+    if size != "-1" and not (size.isdecimal() and int(size)):
       raise ConfigError(
         f"--mesh: {axis}: found {size}, wanted 1 or more, or -1"
       )

@@ -49,6 +49,16 @@ def html(plan: Plan) -> str:
       bars(s.seconds, "s"),
     ]
   served = [row for row in plan.serving if row.decode]
+  if served and not plan.training:
+    one = served[0].decode
+    at = f"decoding at {served[0].context // 1024}K, {one.batch:g} a chip"
+    parts += [
+      f"<h2>Memory of a chip, {at}: {si(one.memory.total, 'B')} of "
+      f"{si(one.memory.capacity, 'B')}</h2>",
+      bars(one.memory.parts, "B"),
+      f"<h2>Time of a step, {at}: {si(one.latency, 's')}</h2>",
+      bars(one.seconds, "s"),
+    ]
   read = [row for row in plan.serving if row.prefill]
   if read:
     curves = {"prefill": [(r.context, r.prefill.tokens_chip) for r in read]}
@@ -118,6 +128,7 @@ def lines(curves: dict[str, Sequence[tuple[float, float]]]) -> str:
   x0, x1 = (f(p[0] for p in points) for f in (min, max))
   y0 = 10 ** math.floor(math.log10(min(p[1] for p in points)))
   y1 = 10 ** math.ceil(math.log10(max(p[1] for p in points)))
+  x1, y1 = max(x1, 2 * x0), max(y1, 10 * y0)  # of a single point too
   place_x = lambda x: 70 + 580 * math.log(x / x0) / math.log(x1 / x0)
   place_y = lambda y: 300 - 280 * math.log(y / y0) / math.log(y1 / y0)
   shapes, y = [], y0

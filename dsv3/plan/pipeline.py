@@ -42,11 +42,23 @@ def copies(schedule: str) -> int:
   return 2 if schedule == "dualpipe" else 1
 
 
-def in_flight(schedule: str, stages: int, microbatches: int) -> int:
-  """Microbatches whose activations the fullest stage holds (Table 2)."""
+def in_flight(
+  schedule: str, stages: int, microbatches: int, virtual: int = 1
+) -> float:
+  """Microbatches whose activations the fullest stage holds (Table 2).
+
+  Chunks of "interleaved" stay longer: (stages - 1) / virtual more (arXiv
+  2205.05198, Sec. 4.2.3).
+
+  >>> in_flight("interleaved", 8, 64, 2), in_flight("dualpipe", 8, 64)
+  (11.5, 9)
+  """
   if stages == 1:
     return 1
-  return min(stages + schedule.startswith("dualpipe"), microbatches)
+  held = stages
+  if schedule == "interleaved" and virtual > 1:
+    held += (stages - 1) / virtual
+  return min(held + schedule.startswith("dualpipe"), microbatches)
 
 
 def paired_share(schedule: str, stages: int, microbatches: int) -> float:

@@ -1,4 +1,4 @@
-"""The plan in a terminal: tables that fit in 80 columns."""
+"""The plan in a terminal."""
 
 import textwrap
 from collections.abc import Sequence
@@ -315,8 +315,8 @@ def _serving(plan: Plan) -> list[str]:
     f"of a sequence ({unit.cache})",
     f"  absorbed attention does {intensity:.0f} FLOPs a byte of cache; the "
     f"chip's ridge is {ridge:.0f}",
-    f"  MTP: speed-up at {plan.accepted:.0%} acceptance; published servers "
-    f"decode at {low_high[0]:.2f} to {low_high[1]:.2f} of this",
+    f"  MTP: speed-up at {plan.accepted:.0%} acceptance; servers whose speed is "
+    f"published decode at {low_high[0]:.2f} to {low_high[1]:.2f} of their plan",
   ]
   served = [row for row in plan.serving if row.decode]
   for row in served[:: max(1, len(served) - 1)]:  # the first and the last

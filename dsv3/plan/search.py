@@ -107,8 +107,10 @@ def candidate(
     microbatches=layout.microbatches,
     batch=layout.batch,
     schedule=layout.schedule,
+    virtual=layout.virtual,
     precision=layout.precision,
     capacity=chip.hbm,
+    on_cpu=chip.family == "cpu",
   )
   return Candidate(layout, remat, step.of(values, chip, layout), held)
 

@@ -82,7 +82,9 @@ def decode(
   if model.ffn == "moe":
     woken = network.expected_experts(model, tokens * unit.chips) / m.n_routed
     read = woken * slots(model, unit) * n_moe * s.expert
-    work = 2 * tokens * m.top_k * n_moe * s.expert
+    # Of the fullest device: where experts do not divide it has more of them.
+    more = slots(model, unit) * unit.chips / (m.n_routed + unit.redundant)
+    work = 2 * tokens * more * m.top_k * n_moe * s.expert
     experts = max(size * read / stream, work / rates["experts"])
   else:
     experts = 0.0

@@ -191,9 +191,8 @@ def _between(values, chip, layout, tokens, fullest, mtp) -> list[Collective]:
     )
   if mesh.fsdp > 1:
     held = memory.shares(model, mesh)
-    low = 1 if layout.precision == "fp8" else 2
     # Gathered forward and backward; gradients are scattered in float32.
-    n_bytes = held.total * (2 * low + 4)
+    n_bytes = 2 * held.low_bytes(layout.precision) + 4 * held.total
     one = network.ring_seconds(n_bytes, mesh, "fsdp", chip)
     found.append(
       Collective("weight gather", "fsdp", n_bytes / fullest, "layer", m * one)
@@ -202,7 +201,13 @@ def _between(values, chip, layout, tokens, fullest, mtp) -> list[Collective]:
     n_bytes = 2 * tokens * d * 2 / mesh.tensor
     one = n_bytes / network.rate(mesh, "stage", chip)
     found.append(
-      Collective("stage to stage", "stage", n_bytes, "microbatch", m * one)
+      Collective(
+        "stage to stage",
+        "stage",
+        n_bytes * layout.virtual,
+        "microbatch",
+        m * one * layout.virtual,
+      )
     )
   return found
 

@@ -42,6 +42,12 @@ def check(unit: Unit, model: config.Model) -> None:
       f"--unit_tensor: found {unit.tensor}, wanted a divisor of "
       f"model.attention.n_heads = {model.attention.n_heads}"
     )
+  experts = model.moe.n_routed + unit.redundant
+  if model.ffn == "moe" and unit.chips > experts:
+    raise ConfigError(
+      f"--unit: found {unit.chips} chips, wanted at most the {experts} experts "
+      "of a layer, redundant ones included: the others would hold none"
+    )
   if model.attention.kind != "mla":
     raise ConfigError(
       f"config.model.attention.kind: found {model.attention.kind}, wanted mla: "

@@ -14,6 +14,7 @@ def runs():
       "bf16": {},
       "deepseek_v3": recipe("deepseek_v3"),
       "float32": {"model.dtype": "float32"},  # as far from BF16, without FP8
+      "bf16_moments": {"optimizer.moment_dtype": "bfloat16"},  # Sec. 3.3.3
       "per_tensor": recipe("per_tensor"),
       "blockwise_128": recipe("blockwise_128"),  # App. B.2: it diverged
     }

@@ -50,6 +50,7 @@ def test_tables_of_the_experiment_are_what_the_planner_says():
   text = PAGE.read_text()
   for table in (
     backtest.table(),
+    backtest.headline(),
     backtest.terms(),
     backtest.hours_table(),
     backtest.serving_table(),

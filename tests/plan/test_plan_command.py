@@ -85,6 +85,31 @@ def test_page_stands_alone_and_plots_memory_time_and_context(tmp_path, capsys):
   assert "prefill" in contexts and "decode" in contexts
 
 
+def test_page_of_a_unit_has_its_memory_and_time(tmp_path, capsys):
+  path = tmp_path / "plan.html"
+  words = ["plan", "--config=v3_671b", "--preset=decode144", f"--html={path}"]
+  assert cli.main(words) == 0
+  assert str(path) in capsys.readouterr().out
+  memory, seconds, _ = re.findall(r"<svg.*?</svg>", path.read_text(), re.S)
+  assert "cache" in memory and "MTP module" in memory
+  assert "experts" in seconds and "attention" in seconds
+
+
+def test_serving_is_in_the_precision_that_is_asked_for(capsys):
+  held = {}
+  for precision in ("fp8", "bf16"):
+    words = ["--config=v3_671b", "--preset=decode144", "--json"]
+    assert cli.main(["plan", *words, f"--precision={precision}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["serving"]["unit"]["precision"] == precision
+    held[precision] = found["serving"]["weight_bytes_chip"]
+  assert 1.7 < held["bf16"] / held["fp8"] < 2
+  # More chips than hold any less are no better unit.
+  assert cli.main(["plan", *H800, "--precision=bf16", "--json"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found["serving"]["unit"]["chips"] == 256
+
+
 def test_budget_price_and_precision_are_the_users(capsys):
   words = [*H800, "--mesh=data=2,expert=64,stage=16", "--json"]
   found = []
@@ -120,7 +145,11 @@ def test_budget_price_and_precision_are_the_users(capsys):
     (["--tokens=0"], "wanted more than 0"),
     (["--price=inf"], "--price"),
     (["--batch=0"], "--batch"),
-    (["--html=nowhere/plan.html"], "no folder nowhere"),
+    (["--html=nowhere/plan.html"], "nowhere/plan.html"),
+    (["--html=."], "--html"),
+    (["--mesh=expert=²"], "--mesh"),
+    (["--unit=4096"], "at most --chips = 2048"),
+    (["--unit=512"], "at most the 256 experts"),
     (
       ["--mesh=expert=64,stage=16,data=2", "--microbatches=15"],
       "at least stage = 16",

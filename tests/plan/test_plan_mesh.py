@@ -99,3 +99,4 @@ def test_table2_parameters_and_activations():
     assert pipeline.copies(schedule) == copies
     assert pipeline.in_flight(schedule, 16, 120) == held
     assert pipeline.in_flight(schedule, 16, 4) == 4
+  assert pipeline.in_flight("interleaved", 16, 120, 4) == 16 + 15 / 4

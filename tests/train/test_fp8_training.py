@@ -155,6 +155,20 @@ def test_delayed_amax_is_that_of_the_whole_batch():
     np.testing.assert_allclose(history[2][name], whole, rtol=0.2)
 
 
+def test_delayed_scales_are_of_the_largest_of_the_history():
+  start = steps.prepared(DELAYED)
+  params, model = start.start.params, start.values.model
+  memory = precision.first_memory(params, model)
+  steps_16 = (
+    jnp.zeros(16).at[jnp.array([0, 5, 15])].set(jnp.array([2.0, 7.0, 3.0]))
+  )
+  history = {k: v + steps_16 for k, v in memory.history.items()}
+  found = precision.prepare(params, model, memory._replace(history=history))
+  for weight in found.values():
+    assert (weight.past == 7).all()
+    assert weight.fprop.scale.max() == np.float32(7) * np.float32(1 / 448)
+
+
 def test_a_step_that_is_left_out_is_not_remembered():
   prepared = steps.prepared(DELAYED)
   _, state = train(prepared, 1)
@@ -183,6 +197,24 @@ def test_patterns_keep_linears_high():
   some = {**FP8, "model.precision.high": ("moe.0.*", "*.w_o")}
   mixed, _ = train(steps.prepared(some), 1)
   assert len({float(m[0]["loss"]) for m in (plain, low, mixed)}) == 3
+
+
+def test_patterns_and_the_guard_both_keep_linears_high():
+  guarded = {
+    **FP8,
+    "model.precision.high": ("*.w_o",),
+    "model.precision.report_every": 1,
+    "model.precision.guard": 0.5,
+    "model.precision.guard_action": "keep_high",
+  }
+  start = steps.prepared(guarded)
+  params, model = start.start.params, start.values.model
+  memory = precision.first_memory(params, model)
+  caught = "moe.attention.w_dkv"
+  high = {**memory.high, caught: jnp.ones_like(memory.high[caught])}
+  found = precision.prepare(params, model, memory._replace(high=high))
+  kept = {name for name, weight in found.items() if bool(weight.high.all())}
+  assert kept == {caught, "dense.attention.w_o", "moe.attention.w_o"}
 
 
 @pytest.fixture(scope="module")
