@@ -142,4 +142,5 @@ def get_config() -> ConfigDict:
   mesh.context = 1  # ours
   mesh.tensor = 1  # ours; Sec. 3.2: none
   mesh.stage = 1  # ours; Sec. 3.2: 16
+  mesh.expert_nodes = 1  # ours; Sec. 3.2: 8
   return config

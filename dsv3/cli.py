@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     "--print_config", action="store_true", help="print the config and stop"
   )
   train.add_argument(
+    "--print_sharding",
+    action="store_true",
+    help="print where every array lies on config.mesh, and stop",
+  )
+  train.add_argument(
     "--no_sample", action="store_true", help="no sample at the end"
   )
 

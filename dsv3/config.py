@@ -232,10 +232,11 @@ class Mesh:
   context: int = 1  # positions of a sequence (CP)
   tensor: int = 1  # heads and hidden widths (TP)
   stage: int = 1  # layers (PP)
+  expert_nodes: int = 1  # of `expert`: a token goes to a node once, then inside
 
   @property
   def size(self) -> int:
-    return math.prod(dataclasses.astuple(self))
+    return math.prod(getattr(self, axis) for axis in INNER_FIRST)
 
   @property
   def ranks(self) -> int:
@@ -247,6 +248,16 @@ class Mesh:
     before = INNER_FIRST[: INNER_FIRST.index(axis)]
     stride = math.prod(getattr(self, a) for a in before)
     return min(-(-stride * getattr(self, axis) // domain), getattr(self, axis))
+
+  def along(self, axis: str) -> int:
+    """Devices along an axis of the arrays' mesh, where `expert` is two."""
+    if axis == "node":
+      return self.expert_nodes
+    return (
+      self.expert // self.expert_nodes
+      if axis == "expert"
+      else (getattr(self, axis))
+    )
 
   def __str__(self) -> str:
     sizes = dataclasses.asdict(self).items()
@@ -429,6 +440,14 @@ def _check_mesh(mesh: Mesh) -> None:
     _require(ok, f"mesh.{axis}", size, "1 or more, or -1: what is left")
   free = [axis for axis, size in sizes.items() if size == -1]
   _require(len(free) < 2, "mesh", f"-1 for {' and '.join(free)}", "it once")
+  _require(
+    mesh.expert_nodes > 0
+    and mesh.expert % mesh.expert_nodes == 0
+    or mesh.expert == -1,
+    "mesh.expert_nodes",
+    mesh.expert_nodes,
+    f"a divisor of mesh.expert = {mesh.expert}",
+  )
 
 
 # Keys that may be zero; every other number must be over zero.

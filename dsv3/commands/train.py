@@ -10,7 +10,7 @@ from dsv3.commands.text import write
 from dsv3.data import batches
 from dsv3.data.rival import compressed_bpb
 from dsv3.infer import Sampling
-from dsv3.train import loop, run
+from dsv3.train import layout, loop, run
 from dsv3.train.restore import restore
 
 
@@ -20,6 +20,9 @@ def train(arguments: argparse.Namespace) -> int:
   values = config.build(tree)
   if arguments.print_config:
     print(tree)
+    return 0
+  if arguments.print_sharding:
+    print(layout.describe(values, layout.of_run(values)))
     return 0
   workdir = pathlib.Path(arguments.workdir or f"runs/{values.name}")
   given = run.Given(arguments.config, arguments.overrides, run.command_line())

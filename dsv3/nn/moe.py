@@ -26,6 +26,7 @@ class Traffic(NamedTuple):
   load: jax.Array  # [E] int32, tokens per expert
   count: jax.Array  # [B, E] int32, of the balance losses (Eq. 18)
   mass: jax.Array  # [B, E] float32, of the balance losses (Eq. 20)
+  moved: dispatch.Moved  # rows that went to experts on other devices
 
 
 def no_traffic(n_sequences: int, n_routed: int) -> Traffic:
@@ -34,6 +35,7 @@ def no_traffic(n_sequences: int, n_routed: int) -> Traffic:
     jnp.zeros((0, n_routed), jnp.int32),
     jnp.zeros((0, n_sequences, n_routed), jnp.int32),
     jnp.zeros((0, n_sequences, n_routed), jnp.float32),
+    dispatch.Moved(*[jnp.zeros(0, jnp.int32)] * 3),
   )
 
 
@@ -124,7 +126,9 @@ class Moe(nnx.Module):
   ) -> tuple[jax.Array, Traffic]:
     """The output, without the residual, and the traffic."""
     run = self.placement.spread(
-      route_and_run, ("", "", "BLD", "BL"), ("BLD", Traffic("X", "BX", "BX"))
+      route_and_run,
+      ("", "", "BLD", "BL"),
+      ("BLD", Traffic("_", "B_", "B_", "")),
     )
     y_BLD, traffic = run(self.router, self.experts, u_BLD, segments_BL)
     if self.moe.n_shared:
@@ -142,20 +146,20 @@ def route_and_run(
   m = router.moe
   u_TD = u_BLD.reshape(-1, u_BLD.shape[-1])
   routed = router(u_TD)
-  plan = dispatch.plan(
-    routed.experts_TK, segments_BL.reshape(-1) > 0, m.n_routed
-  )
+  valid_T1 = (segments_BL.reshape(-1) > 0)[:, None]
+  experts_TK = jnp.where(valid_T1, routed.experts_TK, m.n_routed)  # or none
   with jax.named_scope("eq12"):
-    x_AD = dispatch.dispatch(u_TD, plan)
-    gate_A = dispatch.sort_gates(routed.gate_TK, plan)
-    y_AD = peers.exchange(experts, x_AD, gate_A, plan)
-    y_TD = peers.total(dispatch.combine(y_AD, plan), "F")
+    y_TD, load_E, moved = peers.exchange(
+      experts, u_TD, experts_TK, routed.gate_TK, m.n_routed
+    )
+    y_TD = peers.total(y_TD, "F")
   count_BE, mass_BE = balance.sequence_statistics(
     routed.affinity_TE, segments_BL, m.top_k
   )
   traffic = Traffic(
-    peers.total(plan.load_E, "BL"),
+    peers.total(load_E, "BL"),
     peers.total(count_BE, "L"),
     peers.total(mass_BE, "L"),
+    peers.total(moved, "BL"),
   )
   return y_TD.reshape(u_BLD.shape), traffic

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from dsv3.ops.dispatch import through_experts
+
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
@@ -19,15 +21,13 @@ class Peers:
   total(x, dims): the sum of x over the devices that share these dims.
   whole(x, dim, axis): the parts of x along `dim`, its `axis`, side by side.
   index(dim): which part of `dim` is here, from 0.
-  exchange(run, x_AD, gate_A, plan): run(x, gate, load) of the rows of the experts
-    that are here, from all devices; the results of the rows of x_AD, which lie
-    as the `dispatch.Plan` has them.
+  exchange: as `dispatch.through_experts`, wherever the experts are.
   """
 
   total: Callable[[Any, str], Any]
   whole: Callable[[jax.Array, str, int], jax.Array]
   index: Callable[[str], jax.Array | int]
-  exchange: Callable[..., jax.Array]
+  exchange: Callable[..., tuple]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ ALONE = Peers(
   total=lambda x, dims: x,
   whole=lambda x, dim, axis: x,
   index=lambda dim: 0,
-  exchange=lambda run, x_AD, gate_A, plan: run(x_AD, gate_A, plan.load_E),
+  exchange=through_experts,
 )
 
 ONE_DEVICE = Placement(

@@ -8,10 +8,11 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
-from dsv3.config import INNER_FIRST, ConfigError, Mesh
+from dsv3.config import ConfigError, Mesh
 
-# Outer first. Pipelines are not run, so no array has an axis `stage`.
-ORDER = tuple(axis for axis in reversed(INNER_FIRST) if axis != "stage")
+# Outer first; `node` and `expert` are the two parts of the config's `expert`.
+# Pipelines are not run, so no array has an axis `stage`.
+ORDER = ("data", "fsdp", "node", "expert", "context", "tensor")
 
 
 def make(sizes: Mesh, devices: Sequence[jax.Device] | None = None):
@@ -22,7 +23,7 @@ def make(sizes: Mesh, devices: Sequence[jax.Device] | None = None):
   of a node are neighbours, as node-limited routing has them (Sec. 2.1.2).
   """
   devices = list(jax.devices() if devices is None else devices)[: sizes.size]
-  shape = [getattr(sizes, axis) for axis in ORDER]
+  shape = [sizes.along(axis) for axis in ORDER]
   per_slice = collections.Counter(map(_slice_of, devices))
   n_slices = len(per_slice)
   if n_slices == 1:
@@ -48,8 +49,8 @@ def make(sizes: Mesh, devices: Sequence[jax.Device] | None = None):
 def split(shape: Sequence[int], n_slices: int) -> tuple[list[int], list[int]]:
   """Every size as a factor over slices and one within, outer axes first.
 
-  >>> split([2, 1, 64, 1, 1], 16)
-  ([2, 1, 8, 1, 1], [1, 1, 8, 1, 1])
+  >>> split([2, 1, 8, 8, 1, 1], 16)
+  ([2, 1, 8, 1, 1, 1], [1, 1, 1, 8, 1, 1])
   """
   over, rest = [], n_slices
   for size in shape:

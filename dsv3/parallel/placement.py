@@ -13,11 +13,16 @@ from dsv3.config import Mesh
 from dsv3.ops.linear import Weight
 from dsv3.ops.placement import ALONE, ONE_DEVICE, Peers, Placement
 from dsv3.parallel import table
-from dsv3.parallel.exchange import Exchange
+from dsv3.parallel.exchange import Exchange, NodeExchange
 
 
-def make(sizes: Mesh, mesh: jax.sharding.Mesh) -> Placement:
-  """The Placement of a mesh; of one device that of all models without one."""
+def make(
+  sizes: Mesh, mesh: jax.sharding.Mesh, exchange: str = "auto"
+) -> Placement:
+  """The Placement of a mesh; of one device that of all models without one.
+
+  `exchange` is how rows move to their experts, of `exchange.KERNELS`.
+  """
   if sizes.size == 1:
     return ONE_DEVICE
 
@@ -29,7 +34,9 @@ def make(sizes: Mesh, mesh: jax.sharding.Mesh) -> Placement:
   return Placement(
     place=place,
     gather=functools.partial(_gather, sizes=sizes, mesh=mesh),
-    spread=functools.partial(_spread, sizes=sizes, mesh=mesh),
+    spread=functools.partial(
+      _spread, peers=peers_of(sizes, exchange), mesh=mesh
+    ),
   )
 
 
@@ -76,8 +83,7 @@ def _gathered_backward(dims, sizes, mesh, _, dw):
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def _spread(function, dims_in, dims_out, *, sizes: Mesh, mesh):
-  peers = peers_of(sizes)
+def _spread(function, dims_in, dims_out, *, peers: Peers, mesh):
   spec = lambda dims: table.computed(dims)
 
   def run(*arguments):
@@ -133,11 +139,11 @@ def _specs_of_weight(weight: Weight, dims: str) -> list[PartitionSpec]:
   return specs
 
 
-def peers_of(sizes: Mesh) -> Peers:
+def peers_of(sizes: Mesh, kernel: str) -> Peers:
   """The Peers of a device inside `shard_map` over all axes."""
 
   def axes_of(dims):
-    return tuple(a for a in table.axes_of(dims) if getattr(sizes, a) > 1)
+    return tuple(a for a in table.axes_of(dims) if sizes.along(a) > 1)
 
   def total(x, dims):
     axes = axes_of(dims)
@@ -151,7 +157,9 @@ def peers_of(sizes: Mesh) -> Peers:
     axes = axes_of(dim)
     return lax.axis_index(axes) if axes else 0
 
-  exchange = ALONE.exchange
-  if sizes.expert > 1:
-    exchange = Exchange("expert", sizes.expert)
+  exchange, nodes = ALONE.exchange, sizes.expert_nodes
+  if sizes.along("expert") > 1:
+    exchange = Exchange("expert", sizes.along("expert"), kernel)
+  if nodes > 1:
+    exchange = NodeExchange("node", nodes, exchange, kernel)
   return Peers(total, whole, index, exchange)

@@ -20,18 +20,18 @@ class Axes(NamedTuple):
 
 
 TABLE = {
-  "B": Axes(("data", "fsdp", "expert")),
+  "B": Axes(("data", "fsdp", "node", "expert")),
   "L": Axes(("context",)),
   "H": Axes(("tensor",)),
   "F": Axes(("tensor",)),
-  "E": Axes(("expert",)),
+  "E": Axes(("node", "expert")),
   "D": Axes(stored=("fsdp",)),
   "Q": Axes(stored=("fsdp",)),
   "C": Axes(stored=("fsdp",)),
 }
 # Between steps a moment is also shared out over the axes whose devices hold the
 # same weights (ZeRO-1, Sec. 3.2).
-REPLICAS = ("data", "expert")
+REPLICAS = ("data", "node", "expert")
 
 
 def letters(dims: str) -> str:
@@ -65,7 +65,7 @@ def moment(dims: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
   """
   parts = _stored(dims, shape, mesh)
   for axis in REPLICAS:
-    n = getattr(mesh, axis)
+    n = mesh.along(axis)
     if n == 1 or any(axis in part for part in parts):
       continue
     first = len(shape) - len(letters(dims))
@@ -91,7 +91,7 @@ def _stored(dims, shape, mesh: Mesh) -> list[tuple[str, ...]]:
 def _size(axes: Sequence[str], mesh: Mesh) -> int:
   size = 1
   for axis in axes:
-    size *= getattr(mesh, axis)
+    size *= mesh.along(axis)
   return size
 
 

@@ -1,14 +1,12 @@
 """Arrangements of devices on a command line, and what a plan asks of them."""
 
-import dataclasses
-
 from dsv3 import config
 from dsv3.config import ConfigError, Mesh
 from dsv3.parallel import sizes as mesh_sizes
 
 __all__ = ["AXES", "SCHEDULES", "Mesh", "check", "lacks", "parse"]
 
-AXES = tuple(field.name for field in dataclasses.fields(Mesh))
+AXES = ("data", "fsdp", "expert", "context", "tensor", "stage")
 SCHEDULES = ("none", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
 
 

@@ -8,7 +8,8 @@ import jax
 from dsv3 import config
 from dsv3.ops.placement import ONE_DEVICE, Placement
 from dsv3.parallel import layout, mesh, placement, sizes
-from dsv3.train.state import TrainState
+from dsv3.train import optimizer
+from dsv3.train.state import TrainState, create
 from dsv3.train.step import Batch
 
 BATCH = Batch("BL", "BPL", "BL")  # the dims of a batch's arrays
@@ -54,8 +55,10 @@ def of_run(values: config.Config) -> Layout:
   return Layout(found, made, placement.make(found, made))
 
 
-def describe(like: TrainState, values: config.Config, where: Layout) -> str:
+def describe(values: config.Config, where: Layout) -> str:
   """Every array of the state and the batch: its spec, its bytes on a device."""
+  adam = optimizer.make(values.optimizer)
+  like = jax.eval_shape(lambda: create(values, adam))[1]
   length, size = values.data.seq_len, values.schedule.batch_size
   of = lambda *dims: jax.ShapeDtypeStruct((size, *dims, length), "int32")
   batch = Batch(of(), of(1 + values.model.mtp.depth), of())
@@ -69,7 +72,7 @@ def describe(like: TrainState, values: config.Config, where: Layout) -> str:
       r.name,
       "x".join(map(str, r.shape)),
       r.dtype,
-      _text(r.spec),
+      _text(r.spec, where.sizes),
       f"{r.bytes:,}",
     )
     for r in rows
@@ -86,14 +89,14 @@ def describe(like: TrainState, values: config.Config, where: Layout) -> str:
   )
 
 
-def _text(spec) -> str:
-  """`-,expert,data+fsdp`: the axes of every dim.
+def _text(spec, sizes: config.Mesh) -> str:
+  """`-,expert,data+fsdp`: the axes of every dim that cut it.
 
   >>> from jax.sharding import PartitionSpec
-  >>> _text(PartitionSpec(None, ("data", "fsdp")))
-  '-,data+fsdp'
+  >>> spec = PartitionSpec(None, ("data", "fsdp"), "tensor")
+  >>> _text(spec, config.Mesh(data=2, fsdp=4))
+  '-,data+fsdp,-'
   """
-  part = lambda p: (
-    "-" if p is None else p if isinstance(p, str) else "+".join(p)
-  )
-  return ",".join(map(part, spec)) or "-"
+  axes = [(part,) if isinstance(part, str) else part or () for part in spec]
+  cut = ["+".join(a for a in part if sizes.along(a) > 1) for part in axes]
+  return ",".join(part or "-" for part in cut) or "-"

@@ -24,7 +24,7 @@ from dsv3.eval import bpb
 from dsv3.hf import imported
 from dsv3.nn.precision import first_memory
 from dsv3.plan import chips, count, here
-from dsv3.train import feed, identity, optimizer, run, schedule, state
+from dsv3.train import feed, identity, layout, optimizer, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
 from dsv3.train.clock import Clock
 from dsv3.train.ema import HostEma
@@ -80,6 +80,7 @@ class _Trainer:
     use_compilation_cache()
     run.changes(workdir, values)  # another run's folder: before anything else
     self.values, self.workdir = values, workdir
+    self.layout = layout.of_run(values)
     self.schedule = schedule.make(values)
     self.data = Batches(values, values.train.seed)
     self.tokenizer = self.data.tokenizer
@@ -128,8 +129,10 @@ class _Trainer:
     """State, step and data position: from the newest checkpoint, or new."""
     train_values = self.values.train
     adam = optimizer.make(self.values.optimizer)
-    create = lambda: state.create(self.values, adam)
+    placement = self.layout.placement
+    create = lambda: state.create(self.values, adam, placement)
     self.graphdef, like = jax.eval_shape(create)
+    self.shardings = self.layout.of_state(like)
     self.step_fn = jax.jit(
       functools.partial(
         train_step,
@@ -137,13 +140,20 @@ class _Trainer:
         optimizer=adam,
         schedule=self.schedule,
         values=self.values,
+        placement=placement,
       ),
+      in_shardings=(self.shardings, self.layout.of_batch()),
+      out_shardings=(self.shardings, None),
       donate_argnums=0,
     )
     self.watch = Watch(self.graphdef, self.values, self.schedule, self.workdir)
     on_host = train_values.ema_decay > 0 and train_values.ema_place == "host"
     trees = trees_of(like, like.params if on_host else None)
-    wanted = abstract(trees, on_host=("ema",) if on_host else ())
+    wanted = abstract(
+      trees,
+      on_host=("ema",) if on_host else (),
+      shardings=trees_of(self.shardings),
+    )
     found = self.checkpoints.restore_newest(wanted, print, set_aside=True)
     self.done, self.sequences_ahead = 0, 0
     if found is None:
@@ -176,8 +186,9 @@ class _Trainer:
     elif other:
       weights = start_from(other, model)
     else:
-      return jax.jit(lambda: create()[1])()
-    return state.of_weights(self.values, adam, *weights)
+      return jax.jit(lambda: create()[1], out_shardings=self.shardings)()
+    whole = state.of_weights(self.values, adam, *weights)
+    return self.layout.put(whole, self.shardings)
 
   def _remember(self, like: state.TrainState) -> None:
     """A recipe that was not the run's so far has nothing to remember yet."""
@@ -199,9 +210,10 @@ class _Trainer:
       f"{self.values.name}: {size.main + size.mtp:,} parameters, "
       f"{size.active:,} active; {self.schedule.steps:,} steps of "
       f"{self.schedule.batch_size(self.done)} x {self.values.data.seq_len} "
-      f"tokens on {jax.device_count()} x {jax.devices()[0].device_kind}"
+      f"tokens on {self._devices()}"
     )
-    self.plan = here.forecast(self.values)
+    one = self.layout.sizes.size == 1
+    self.plan = here.forecast(self.values) if one else None
     if self.plan:
       self.progress.tell(self.plan.forecast())
     for part in self.data.report(self._sequences(self.schedule.steps)):
@@ -210,6 +222,14 @@ class _Trainer:
         f"{part.tokens:,} tokens, "
         f"{part.share:.0%} of the rows, {part.epochs:.2f} epochs"
       )
+
+  def _devices(self) -> str:
+    """The devices of the run, and those that it leaves idle."""
+    sizes, there = self.layout.sizes, jax.device_count()
+    text = f"{sizes.size} x {jax.devices()[0].device_kind}"
+    text += f", {sizes}" if sizes.size > 1 else ""
+    idle = there - sizes.size
+    return text + (f"; {idle} of {there} idle, by config.mesh" if idle else "")
 
   def _tell_stretched(self, steps_before: int) -> None:
     """A schedule in shares of the run is another one when the run is longer."""
@@ -331,7 +351,7 @@ class _Trainer:
     flops = tokens_per_second * self._flops_per_token
     speed = {"tokens_per_second": tokens_per_second, "model_flops": flops}
     if peak := chips.peak_flops(jax.devices()[0].device_kind):
-      speed["mfu"] = flops / peak / jax.device_count()
+      speed["mfu"] = flops / peak / self.layout.sizes.size
     return speed
 
   @functools.cached_property

@@ -13,7 +13,7 @@ from flax import nnx
 
 from dsv3 import config
 from dsv3.nn import precision
-from dsv3.ops import balance, losses
+from dsv3.ops import balance, dispatch, losses
 from dsv3.ops.placement import ONE_DEVICE, Placement
 from dsv3.train import metrics
 from dsv3.train.schedule import Hyper, Schedule
@@ -34,6 +34,7 @@ class Sums(NamedTuple):
   terms: dict[str, jax.Array]  # loss sums, by term
   correct_P: jax.Array  # int32, labels that had the largest logit
   load_XE: jax.Array  # int32, tokens per expert of every router
+  moved_X: dispatch.Moved  # rows that went to experts on other devices
 
 
 def loss_fn(params, router, batch, count, total_XE, hyper, *, graphdef, values):
@@ -64,7 +65,7 @@ def loss_fn(params, router, batch, count, total_XE, hyper, *, graphdef, values):
     hyper.mtp_weight, hyper.balance_weight, hyper.z_weight
   )
   correct_P = jnp.stack([loss.correct for loss in token_losses])
-  sums = Sums(terms, correct_P, out.traffic.load)
+  sums = Sums(terms, correct_P, out.traffic.load, out.traffic.moved)
   return losses.total(terms, count, weights), sums
 
 
@@ -283,4 +284,7 @@ def train_step(
     skipped=jnp.where(ok, 0, state.skipped + 1),
     skipped_total=state.skipped_total + ~ok,
   )
-  return after, metrics.of_step(loss, sums, count, grad_norm, hyper, after)
+  found = metrics.of_step(loss, sums, count, grad_norm, hyper, after)
+  if values.mesh.expert != 1:
+    found |= metrics.of_exchange(sums.moved_X, values.model)
+  return after, found

@@ -42,6 +42,7 @@ MESHES = [
   {"context": 2},
   {"context": 8},
   {"data": 2, "expert": 4},
+  {"expert": 4, "expert_nodes": 2},
   {"expert": 2, "context": 2, "tensor": 2},
   {"data": 2, "fsdp": 2, "tensor": 2},
 ]

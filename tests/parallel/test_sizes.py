@@ -17,6 +17,10 @@ from tests import micro
     ({"mesh.data": -1, "mesh.fsdp": 3}, ("config.mesh.data=-1", "3", "8 dev")),
     ({"mesh.stage": 2}, ("config.mesh.stage", "found 2", "dsv3 plan")),
     ({"mesh.data": 16}, ("config.mesh", "16 devices", "the 8 there are")),
+    (
+      {"mesh.expert": 4, "mesh.expert_nodes": 3},
+      ("config.mesh.expert_nodes", "found 3", "mesh.expert = 4"),
+    ),
     ({"mesh.expert": 8}, ("config.mesh.expert", "n_routed = 4")),
     ({"mesh.expert": 2, "model.ffn": "dense"}, ("config.mesh.expert", "dense")),
     ({"mesh.tensor": 4}, ("config.mesh.tensor", "n_heads = 2")),
@@ -65,7 +69,14 @@ def values_of_8():
 def test_axes_lie_from_the_outer_to_the_inner():
   """Neighbours on the innermost axis are neighbours among the devices."""
   made = mesh.make(Mesh(data=2, expert=2, tensor=2))
-  assert made.axis_names == ("data", "fsdp", "expert", "context", "tensor")
+  assert made.axis_names == (
+    "data",
+    "fsdp",
+    "node",
+    "expert",
+    "context",
+    "tensor",
+  )
   found = [device.id for device in made.devices.flat]
   assert found == [device.id for device in jax.devices()[:8]]
 
@@ -97,8 +108,8 @@ V3 = Mesh(data=2, fsdp=4, expert=8, tensor=2)
     (
       "E D 2 F",
       (58, 256, 7168, 2, 2048),
-      P(None, "expert", "fsdp", None, "tensor"),
-      P(None, ("expert", "data"), "fsdp", None, "tensor"),
+      P(None, ("node", "expert"), "fsdp", None, "tensor"),
+      P(None, ("node", "expert", "data"), "fsdp", None, "tensor"),
     ),
     (
       "Q HN",
