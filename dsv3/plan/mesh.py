@@ -13,8 +13,8 @@ SCHEDULES = ("none", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
 def parse(text: str, chips: int) -> Mesh:
   """`data=2,expert=64,stage=16`; one size may be -1, which fits the chips.
 
-  >>> parse("expert=64,data=-1", 128)
-  Mesh(data=2, fsdp=1, expert=64, context=1, tensor=1, stage=1)
+  >>> str(parse("expert=64,data=-1", 128))
+  'data=2,expert=64'
   """
   sizes = {}
   for part in text.split(","):
