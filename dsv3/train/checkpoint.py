@@ -77,7 +77,8 @@ class Checkpoints:
     self._manager = None if read_only else self._manage(kept)
 
   def _manage(self, kept: int) -> ocp.CheckpointManager:
-    self._set_aside_unreadable_scores()
+    if jax.process_index() == 0:
+      self._set_aside_unreadable_scores()
     score = lambda metrics: metrics["bits_per_byte"]
     best = checkpoint_managers.BestN(
       get_metric_fn=score,

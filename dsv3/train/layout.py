@@ -1,7 +1,7 @@
 """Where the state and the batches of a run lie: its mesh, applied."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -13,6 +13,14 @@ from dsv3.train.state import TrainState, create
 from dsv3.train.step import Batch
 
 BATCH = Batch("BL", "BPL", "BL")  # the dims of a batch's arrays
+
+
+class Share(NamedTuple):
+  """Rows of a batch that a process reads."""
+
+  start: int
+  stop: int
+  counts: bool  # of those with the same rows one counts what is in them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +45,10 @@ class Layout:
       ema=layout.moments(like.ema, *where),
     )
 
+  def everywhere(self) -> Any:
+    """The sharding of what every device, so every process, is to have."""
+    return layout.everywhere(0, self.mesh)
+
   def of_batch(self) -> Batch:
     """A sharding for every array of a batch: rows dealt, positions cut."""
     return Batch(*(layout.computed(dims, self.mesh) for dims in BATCH))
@@ -45,14 +57,64 @@ class Layout:
     """Arrays where their shardings say."""
     return jax.device_put(tree, shardings)
 
+  def share(self, n_rows: int) -> Share:
+    """The rows that the devices of this process compute on.
+
+    Where they do not lie side by side, or more rows than those do, it is all.
+    """
+    sharding = self.of_batch().tokens_BL
+    spans, here = {}, jax.process_index()
+    indices = sharding.devices_indices_map((n_rows, self.sizes.context))
+    for device, (rows, _) in indices.items():
+      start, stop, _ = rows.indices(n_rows)
+      first, last = spans.get(device.process_index, (start, stop))
+      spans[device.process_index] = min(first, start), max(last, stop)
+    distinct = set(spans.values())
+    if sum(stop - start for start, stop in distinct) != n_rows:
+      return Share(0, n_rows, here == 0)
+    with_these = [p for p, span in spans.items() if span == spans[here]]
+    return Share(*spans[here], here == min(with_these))
+
+  def put_rows(self, batch: Batch, n_rows: int) -> Batch:
+    """The global batch, of the rows that each process has (`share`)."""
+    if jax.process_count() == 1:
+      return batch
+    first = self.share(n_rows).start
+
+    def one(x, sharding):
+      def part(index):
+        start, stop, _ = index[0].indices(n_rows)
+        return x[(slice(start - first, stop - first), *index[1:])]
+
+      shape = (n_rows, *x.shape[1:])
+      return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(one, batch, self.of_batch())
+
 
 def of_run(values: config.Config) -> Layout:
   """The Layout of a run; ConfigError, with the field, where none can be."""
   devices = jax.device_count()
   found = sizes.resolve(values.mesh, devices)
   sizes.check_run(found, values, devices)
+  if jax.process_count() > 1:
+    _check_processes(found, values, devices)
   made = mesh.make(found)
   return Layout(found, made, placement.make(found, made))
+
+
+def _check_processes(
+  found: config.Mesh, values: config.Config, devices: int
+) -> None:
+  if found.size != devices:
+    raise config.ConfigError(
+      f"config.mesh: found {found} of {found.size} devices, wanted all "
+      f"{devices} of the {jax.process_count()} processes"
+    )
+  if values.train.ema_decay and values.train.ema_place == "host":
+    raise config.ConfigError(
+      "config.train.ema_place: found host with several processes, wanted device"
+    )
 
 
 def describe(values: config.Config, where: Layout) -> str:

@@ -23,13 +23,14 @@ from dsv3.data.prefetch import prefetch
 from dsv3.eval import bpb
 from dsv3.hf import imported
 from dsv3.nn.precision import first_memory
+from dsv3.parallel import processes
 from dsv3.plan import chips, count, here
 from dsv3.train import feed, identity, layout, optimizer, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
 from dsv3.train.clock import Clock
 from dsv3.train.ema import HostEma
 from dsv3.train.interrupt import Interrupts
-from dsv3.train.logs import MetricsLog, Progress
+from dsv3.train.logs import MetricsLog, Progress, Silence
 from dsv3.train.restore import start_from
 from dsv3.train.step import train_step
 from dsv3.train.watch import Watch
@@ -98,7 +99,9 @@ class _Trainer:
   def _open(self, given: run.Given) -> None:
     """Takes the run folder, restores, and only then writes down this start."""
     values, workdir = self.values, self.workdir
-    self.folder.enter_context(run.locked(workdir))
+    first = processes.is_first()
+    if first:
+      self.folder.enter_context(run.locked(workdir))
     self.checkpoints = Checkpoints(
       workdir / "checkpoints", kept=values.train.checkpoints_kept
     )
@@ -112,11 +115,15 @@ class _Trainer:
         f"config.train.steps: found {self.schedule.steps}, wanted at least "
         f"{self.done}: so many are done in {workdir}"
       )
-    changed = run.record(workdir, values, given)
-    position = run.Position(self.done, self.sequences_ahead)
-    run.record_start(workdir, given, values.train.steps, changed, position)
-    self.log = MetricsLog(workdir, self.done)
-    self.progress = Progress(self.done, self.schedule.steps)
+    changed = run.changes(workdir, values)
+    processes.wait_for_all("run folder read")
+    self.log = self.progress = Silence()
+    if first:
+      run.record(workdir, values, given)
+      position = run.Position(self.done, self.sequences_ahead)
+      run.record_start(workdir, given, values.train.steps, changed, position)
+      self.log = MetricsLog(workdir, self.done)
+      self.progress = Progress(self.done, self.schedule.steps)
     self._greet(changed)
 
   def _heldout(self) -> Batches | None:
@@ -143,7 +150,7 @@ class _Trainer:
         placement=placement,
       ),
       in_shardings=(self.shardings, self.layout.of_batch()),
-      out_shardings=(self.shardings, None),
+      out_shardings=(self.shardings, self.layout.everywhere()),
       donate_argnums=0,
     )
     self.watch = Watch(self.graphdef, self.values, self.schedule, self.workdir)
@@ -250,22 +257,37 @@ class _Trainer:
     limit = self.values.train.max_minutes * 60 or math.inf
     clock = Clock(started, limit, self.schedule.steps)
     rows = prefetch(
-      feed.training(self.data, self.schedule, self.done, self.sequences_ahead)
+      feed.training(
+        self.data,
+        self.schedule,
+        self.done,
+        self.sequences_ahead,
+        self.layout.share,
+      )
     )
     waiting = None  # step, its metrics and labels, not yet fetched
     with Interrupts() as interrupts, contextlib.closing(rows):
       for batch in rows:
         self._tell_batch_size()
-        self.state, metrics = self.step_fn(self.state, batch)
+        n_rows = self.schedule.batch_size(self.done)
+        whole = self.layout.put_rows(batch, n_rows)
+        self.state, metrics = self.step_fn(self.state, whole)
         self.done += 1
         if waiting:
           self._settle(*waiting, clock)
         if self.watch.is_due(self.done):
           self._watch(batch)
-        waiting = (self.done, metrics, batch.labels_BPL)
+        counts = self.layout.share(n_rows).counts
+        waiting = (
+          self.done,
+          metrics,
+          batch.labels_BPL[: None if counts else 0],
+        )
         if self.host_ema:
           self.host_ema.update(self.state.params)
-        stop = interrupts.signum or clock.is_over()
+        # All stop after the same step, whichever of them is told to.
+        interrupts.signum = processes.largest(interrupts.signum or 0) or None
+        stop = interrupts.signum or processes.largest(clock.is_over())
         last = stop or self.done == self.schedule.steps
         if (
           last or self._is_due("eval_every") or self._is_due("checkpoint_every")
@@ -324,7 +346,7 @@ class _Trainer:
     if step % self.values.train.log_every and not last:
       return
     labels = labels_BPL[:, 0]
-    n_bytes = self.tokenizer.token_bytes(labels[labels >= 0])
+    n_bytes = processes.total(self.tokenizer.token_bytes(labels[labels >= 0]))
     nats = float(metrics["loss/main"]) * tokens
     metrics["bits_per_byte"] = nats / math.log(2) / max(n_bytes, 1)
     metrics["tokens"] = self._sequences(step) * self.values.data.seq_len
