@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from dsv3 import config
-from dsv3.config import ConfigError, Mesh
+from dsv3.config import INNER_FIRST, ConfigError, Mesh
 
 
 def resolve(
@@ -15,7 +15,7 @@ def resolve(
   >>> str(resolve(Mesh(data=-1, expert=64), 128))
   'data=2,expert=64'
   """
-  sizes = dataclasses.asdict(mesh)
+  sizes = {axis: getattr(mesh, axis) for axis in INNER_FIRST}
   free = [axis for axis, size in sizes.items() if size == -1]
   others = math.prod(size for size in sizes.values() if size != -1)
   if free and devices % others:
@@ -78,6 +78,11 @@ def check_run(mesh: Mesh, values: config.Config, devices: int) -> None:
     raise ConfigError(
       f"config.mesh.stage: found {mesh.stage}, wanted 1: pipelines are planned "
       "by dsv3 plan, and not run yet"
+    )
+  if mesh.expert % mesh.expert_nodes:
+    raise ConfigError(
+      f"config.mesh.expert_nodes: found {mesh.expert_nodes}, wanted a divisor "
+      f"of mesh.expert = {mesh.expert}"
     )
   if mesh.size > devices:
     raise ConfigError(

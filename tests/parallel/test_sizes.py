@@ -13,7 +13,7 @@ from tests import micro
   "diff, words",
   [
     ({"mesh.data": 0}, ("config.mesh.data", "found 0")),
-    ({"mesh.data": -1, "mesh.fsdp": -1}, ("config.mesh", "data and fsdp")),
+    ({"mesh.data": -1, "mesh.fsdp": -1}, ("config.mesh", "fsdp and data")),
     ({"mesh.data": -1, "mesh.fsdp": 3}, ("config.mesh.data=-1", "3", "8 dev")),
     ({"mesh.stage": 2}, ("config.mesh.stage", "found 2", "dsv3 plan")),
     ({"mesh.data": 16}, ("config.mesh", "16 devices", "the 8 there are")),
@@ -58,6 +58,8 @@ def test_one_axis_takes_the_devices_that_are_left():
   assert found == Mesh(data=4, expert=2)
   assert found.size == 8 and found.ranks == 8
   sizes.check_run(sizes.resolve(values.mesh, 8), values_of_8(), 8)
+  on_nodes = Mesh(data=-1, expert=4, expert_nodes=2)
+  assert sizes.resolve(on_nodes, 8).data == 2
 
 
 def values_of_8():
