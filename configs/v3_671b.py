@@ -133,4 +133,14 @@ def get_config() -> ConfigDict:
   train.final_eval_batches = 256  # ours
   train.checkpoint_every = 1000  # ours
   train.checkpoints_kept = 2  # ours: the newest, and the best besides
+
+  # Sec. 3.2's own arrangement is `dsv3 plan --preset=train2048`.
+  mesh = config.mesh = ConfigDict()
+  mesh.data = -1  # ours: the devices that the other axes leave
+  mesh.fsdp = 1  # ours
+  mesh.expert = 1  # ours; Sec. 3.2: 64
+  mesh.context = 1  # ours
+  mesh.tensor = 1  # ours; Sec. 3.2: none
+  mesh.stage = 1  # ours; Sec. 3.2: 16
+  mesh.expert_nodes = 1  # ours; Sec. 3.2: 8
   return config

@@ -61,8 +61,20 @@ def _parser() -> argparse.ArgumentParser:
     "--print_config", action="store_true", help="print the config and stop"
   )
   train.add_argument(
+    "--print_sharding",
+    action="store_true",
+    help="print where every array lies on config.mesh, and stop",
+  )
+  train.add_argument(
     "--no_sample", action="store_true", help="no sample at the end"
   )
+  train.add_argument(
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="of the first of several processes [that of the cluster's job]",
+  )
+  train.add_argument("--process_id", type=_whole, metavar="N")
+  train.add_argument("--num_processes", type=_count, metavar="N")
 
   evaluate = add("eval", "bits per byte and expert balance on held-out text")
   _add_run(evaluate)

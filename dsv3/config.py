@@ -20,6 +20,9 @@ Balancing = Literal[
   "bias+sequence", "bias+batch", "bias", "sequence", "batch", "none"
 ]
 
+# Axes of a Mesh, by how much the devices along them have to say to each other.
+INNER_FIRST = ("tensor", "context", "expert", "fsdp", "stage", "data")
+
 
 class ConfigError(ValueError):
   """A config that cannot be: one line, with the key."""
@@ -213,6 +216,55 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+  """How devices are arranged (Sec. 3.2): sizes of the axes.
+
+  Their product is the number of devices. Of a config one may be -1, which takes
+  the devices that the others leave. Inner axes come first in a domain of fast
+  links: tensor, context, expert, fsdp, then stage and data, which talk least.
+  """
+
+  data: int = 1  # replicas; the optimizer's state is sharded over them (ZeRO-1)
+  fsdp: int = (
+    1  # sequences, and every weight gathered where it is used (ZeRO-3)
+  )
+  expert: int = 1  # sequences, and the routed experts (EP)
+  context: int = 1  # positions of a sequence (CP)
+  tensor: int = 1  # heads and hidden widths (TP)
+  stage: int = 1  # layers (PP)
+  expert_nodes: int = 1  # of `expert`: a token goes to a node once, then inside
+
+  @property
+  def size(self) -> int:
+    return math.prod(getattr(self, axis) for axis in INNER_FIRST)
+
+  @property
+  def ranks(self) -> int:
+    """Over how many the sequences of a batch are dealt."""
+    return self.data * self.fsdp * self.expert
+
+  def domains(self, axis: str, domain: int) -> int:
+    """Domains of fast links that a group of this axis is spread over."""
+    before = INNER_FIRST[: INNER_FIRST.index(axis)]
+    stride = math.prod(getattr(self, a) for a in before)
+    return min(-(-stride * getattr(self, axis) // domain), getattr(self, axis))
+
+  def along(self, axis: str) -> int:
+    """Devices along an axis of the arrays' mesh, where `expert` is two."""
+    if axis == "node":
+      return self.expert_nodes
+    return (
+      self.expert // self.expert_nodes
+      if axis == "expert"
+      else (getattr(self, axis))
+    )
+
+  def __str__(self) -> str:
+    sizes = dataclasses.asdict(self).items()
+    return ",".join(f"{a}={n}" for a, n in sizes if n != 1) or "data=1"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """All of it."""
 
@@ -222,6 +274,7 @@ class Config:
   optimizer: Optimizer
   schedule: Schedule
   train: Train
+  mesh: Mesh = Mesh()  # of a run that was begun before there were meshes
 
 
 def build(values: ConfigDict | Mapping[str, Any]) -> Config:
@@ -234,15 +287,15 @@ def build(values: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def _build(cls, values: Mapping[str, Any], where: str):
-  fields = {f.name: f.type for f in dataclasses.fields(cls)}
+  fields = {f.name: f for f in dataclasses.fields(cls)}
   for key in values:
     if key not in fields:
       raise ConfigError(f"{where}.{key}: no such key{nearest(key, fields)}")
-  for key in fields:
-    if key not in values:
+  for key, field in fields.items():
+    if key not in values and field.default is dataclasses.MISSING:
       raise ConfigError(f"{where}.{key}: missing")
   return cls(
-    **{k: coerce(values[k], t, f"{where}.{k}") for k, t in fields.items()}
+    **{k: coerce(v, fields[k].type, f"{where}.{k}") for k, v in values.items()}
   )
 
 
@@ -289,6 +342,7 @@ def check(config: Config) -> None:
   """Raises ConfigError for sizes and values that cannot go together."""
   _check_model(config.model)
   _check_numbers(config)
+  _check_mesh(config.mesh)
   data, train, schedule = config.data, config.train, config.schedule
   shortest = config.model.mtp.depth + 2
   _require(
@@ -386,6 +440,18 @@ def _check_model(model: Model) -> None:
   )
 
 
+def _check_mesh(mesh: Mesh) -> None:
+  sizes = {axis: getattr(mesh, axis) for axis in INNER_FIRST}
+  _require(
+    mesh.expert_nodes > 0, "mesh.expert_nodes", mesh.expert_nodes, "1 or more"
+  )
+  for axis, size in sizes.items():
+    ok = size == -1 or size > 0
+    _require(ok, f"mesh.{axis}", size, "1 or more, or -1: what is left")
+  free = [axis for axis, size in sizes.items() if size == -1]
+  _require(len(free) < 2, "mesh", f"-1 for {' and '.join(free)}", "it once")
+
+
 # Keys that may be zero; every other number must be over zero.
 _MAY_BE_ZERO = frozenset(
   "n_dense_layers q_rank n_shared depth fim_rate split_rate heldout "
@@ -402,6 +468,8 @@ _SHARES = frozenset("fim_rate split_rate heldout ema_decay b1 b2".split())
 def _check_numbers(group: Any, where: str = "") -> None:
   for field in dataclasses.fields(group):
     value, key = getattr(group, field.name), f"{where}{field.name}"
+    if isinstance(value, Mesh):
+      continue  # -1 is a size of its own kind
     if dataclasses.is_dataclass(value):
       _check_numbers(value, f"{key}.")
     elif type(value) in (int, float):

@@ -39,6 +39,7 @@ DIFF = {
   "train.eval_batches": 2,
   "train.final_eval_batches": 2,
   "train.checkpoint_every": 2,
+  "mesh.data": 1,
 }
 
 

@@ -4,13 +4,16 @@ import argparse
 import pathlib
 import signal
 
+import jax
+
 from dsv3 import config
 from dsv3.commands.given import values_of
 from dsv3.commands.text import write
 from dsv3.data import batches
 from dsv3.data.rival import compressed_bpb
 from dsv3.infer import Sampling
-from dsv3.train import loop, run
+from dsv3.parallel import processes
+from dsv3.train import layout, loop, run
 from dsv3.train.restore import restore
 
 
@@ -18,8 +21,13 @@ def train(arguments: argparse.Namespace) -> int:
   """Trains; 0 at the end, 128 + n after signal n."""
   tree = values_of(arguments)
   values = config.build(tree)
+  given = (arguments.coordinator, arguments.process_id, arguments.num_processes)
+  processes.start(*given)
   if arguments.print_config:
     print(tree)
+    return 0
+  if arguments.print_sharding:
+    print(layout.describe(values, layout.of_run(values)))
     return 0
   workdir = pathlib.Path(arguments.workdir or f"runs/{values.name}")
   given = run.Given(arguments.config, arguments.overrides, run.command_line())
@@ -35,8 +43,10 @@ def train(arguments: argparse.Namespace) -> int:
       f"{name}: stopped after step {outcome.step}{saved}; go on with\n  {again}"
     )
     return 128 + outcome.signum
+  if not processes.is_first():
+    return 0
   _summary(outcome, values)
-  if not arguments.no_sample:
+  if not arguments.no_sample and jax.process_count() == 1:
     _sample(outcome, values)
   print(f"""
 The run is in {workdir}. Next:

@@ -16,7 +16,6 @@ from flax import nnx
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.nn import precision
 from dsv3.ops import balance
-from dsv3.ops.cross_entropy import cross_entropy
 
 
 class Score(NamedTuple):
@@ -38,7 +37,7 @@ def _sums(params, router, memory, batch, *, graphdef):
   model = nnx.merge(graphdef, weights, router)
   out = model(batch.tokens_BL, batch.segments_BL)
   labels_BL = batch.labels_BPL[:, 0]
-  loss = cross_entropy(out.hidden[0], model.head[...], labels_BL)
+  loss = model.loss(out.hidden[0], labels_BL)
   return loss.cross_entropy, (labels_BL >= 0).sum(), out.traffic.load
 
 

@@ -98,18 +98,16 @@ def _attention(block, h_BLD, layer, window, first):
   c_kv_BMC, k_r_BMR = (x.astype(h_BLD.dtype) for x in layer.values())
   k, v = mla.expand(c_kv_BMC, k_r_BMR)
   segment = lambda slots: 1 + (slots >= first).astype(jnp.int32)
-  o = attend(
+  o_BLHV = attend(
     q,
     k,
     v,
-    mla.w_o,
     segment(slots_BL) * inside_BL,
     mla.model,
-    mla.gemm,
     segments_BM=jnp.broadcast_to(segment(slots_M), k.shape[:2]),
     start=offset_B[0],
   )
-  return o, layer
+  return mla.output(o_BLHV), layer
 
 
 def at(x_BLD: jax.Array, index_B: jax.Array) -> jax.Array:

@@ -56,7 +56,7 @@ class _Recorder(nnx.Module):
   """A router that keeps what it has decided."""
 
   def __init__(self, router: moe.Router):
-    self.router = router
+    self.router, self.moe = router, router.moe
 
   def __call__(self, u_TD):
     self.found = nnx.data(self.router(u_TD))
@@ -67,10 +67,11 @@ class _Frozen(nnx.Module):
   """A router whose choice is made; the gates are of its own affinities."""
 
   def __init__(self, router: moe.Router, experts_TK):
-    self.router, self.experts_TK = router, nnx.data(experts_TK)
+    self.router, self.moe = router, router.moe
+    self.experts_TK = nnx.data(experts_TK)
 
   def __call__(self, u_TD):
-    m = self.router.moe
+    m = self.moe
     affinity_TE = routing.affinity(u_TD, self.router.centroid[...], m.gate)
     gate_TK = routing.gates(
       affinity_TE, self.experts_TK, m.normalize, m.routed_scale

@@ -11,35 +11,42 @@ from dsv3.nn.gqa import Gqa
 from dsv3.nn.layers import Ffn, RmsNorm
 from dsv3.nn.mla import Mla
 from dsv3.ops.gemm import Gemm
+from dsv3.ops.placement import ONE_DEVICE, Placement
 
 # What the report keeps (Sec. 3.2.3): it recomputes norms, MLA up-projections
 # and SwiGLU, so the latents, the attention's output and SwiGLU's inputs stay.
 KEPT = "c_q c_kv k_r attention_out attention_lse middle ffn_gate_up".split()
 
 
-def make_attention(
-  model: config.Model, *, gemm: Gemm, key: jax.Array
-) -> nnx.Module:
+def make_attention(model: config.Model, **how) -> nnx.Module:
   """The attention that `model.attention.kind` names."""
   a = model.attention
   if a.kind == "mla":
-    return Mla(model, gemm=gemm, key=key)
+    return Mla(model, **how)
   n_kv_heads = a.n_heads if a.kind == "mha" else a.n_kv_heads
-  return Gqa(model, n_kv_heads, gemm=gemm, key=key)
+  return Gqa(model, n_kv_heads, **how)
 
 
 class Block(nnx.Module):
   """Attention and FFN, each behind its norm and added to the stream (Sec. 2.1)."""
 
   def __init__(
-    self, model: config.Model, ffn: str, *, gemm: Gemm, key: jax.Array
+    self,
+    model: config.Model,
+    ffn: str,
+    *,
+    gemm: Gemm,
+    key: jax.Array,
+    placement: Placement = ONE_DEVICE,
   ):
     key_attention, key_ffn = jax.random.split(key)
     self.attention_norm = RmsNorm(model.dim, model.norm_eps)
-    self.attention = make_attention(model, gemm=gemm, key=key_attention)
+    self.attention = make_attention(
+      model, gemm=gemm, key=key_attention, placement=placement
+    )
     self.ffn_norm = RmsNorm(model.dim, model.norm_eps)
     if ffn == "moe":
-      self.ffn = moe.Moe(model, gemm=gemm, key=key_ffn)
+      self.ffn = moe.Moe(model, gemm=gemm, key=key_ffn, placement=placement)
     else:
       self.ffn = Ffn(
         model.dim,
@@ -48,18 +55,19 @@ class Block(nnx.Module):
         gemm=gemm,
         key=key_ffn,
       )
+    self.placement = placement
 
   def __call__(
     self, x_BLD: jax.Array, segments_BL: jax.Array
   ) -> tuple[jax.Array, moe.Traffic | None]:
     """The stream after the block, and the traffic if it has a router."""
     x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), segments_BL)
-    x_BLD = checkpoint_name(x_BLD, "middle")
+    x_BLD = checkpoint_name(self.placement.place(x_BLD, "BLD"), "middle")
     u_BLD = self.ffn_norm(x_BLD)
     if isinstance(self.ffn, moe.Moe):
       y_BLD, traffic = self.ffn(u_BLD, segments_BL)
-      return x_BLD + y_BLD, traffic
-    return x_BLD + self.ffn(u_BLD), None
+      return self.placement.place(x_BLD + y_BLD, "BLD"), traffic
+    return self.placement.place(x_BLD + self.ffn(u_BLD), "BLD"), None
 
 
 def stack(make, n: int, key: jax.Array) -> nnx.Module:
@@ -77,8 +85,11 @@ def unstack(blocks) -> list[nnx.Module]:
 
 
 def run(block, x_BLD, segments_BL, remat: str):
-  """A block under the remat policy of `model.remat`."""
-  call = lambda block, x, segments: block(x, segments)
+  """A block under the remat policy of `model.remat`.
+
+  Gathered weights are not kept for the backward pass, unless all is.
+  """
+  call = lambda block, x, segments: block.placement.gather(block)(x, segments)
   if remat == "full":
     call = jax.checkpoint(call)
   elif remat == "paper":

@@ -1,14 +1,23 @@
 """Grouped-query and multi-head attention: what MLA is compared with."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dsv3 import config
 from dsv3.nn.layers import linear, matrix
-from dsv3.nn.mla import Queries, attend, output_matrix, rope_frequencies
+from dsv3.nn.mla import (
+  Queries,
+  attend,
+  output_matrix,
+  project_out,
+  rope_frequencies,
+)
 from dsv3.ops import rope
 from dsv3.ops.gemm import Gemm
+from dsv3.ops.placement import ONE_DEVICE, Peers, Placement
 
 
 class Gqa(nnx.Module):
@@ -19,7 +28,13 @@ class Gqa(nnx.Module):
   """
 
   def __init__(
-    self, model: config.Model, n_kv_heads: int, *, gemm: Gemm, key: jax.Array
+    self,
+    model: config.Model,
+    n_kv_heads: int,
+    *,
+    gemm: Gemm,
+    key: jax.Array,
+    placement: Placement = ONE_DEVICE,
   ):
     a, std = model.attention, model.init_std
     keys = jax.random.split(key, 6)  # as Mla, so that W_O begins as its own
@@ -31,6 +46,7 @@ class Gqa(nnx.Module):
     self.w_o = output_matrix(keys[5], model)
     self.model = model
     self.gemm = gemm
+    self.placement = placement
 
   def __call__(self, h_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
     frequencies_R = rope_frequencies(self.model)
@@ -38,4 +54,24 @@ class Gqa(nnx.Module):
     k_r = rope.rotate(linear(self.gemm.dot, h_BLD, self.w_kr), frequencies_R)
     k = jnp.concatenate([linear(self.gemm.dot, h_BLD, self.w_k), k_r], axis=-1)
     v_BLHV = linear(self.gemm.dot, h_BLD, self.w_v)
-    return attend(q, k, v_BLHV, self.w_o, segments_BL, self.model, self.gemm)
+    run = self.placement.spread(
+      functools.partial(attend_to_all, model=self.model),
+      ("BLHX", "BLHX", "BLHV", "BL"),
+      "BLHV",
+    )
+    o_BLHV = run(q, k, v_BLHV, segments_BL)
+    return project_out(o_BLHV, self.w_o, self.model, self.gemm)
+
+
+def attend_to_all(peers: Peers, q, k, v_BLHV, segments_BL, *, model):
+  """Attention of this device's queries over the keys of all positions."""
+  k, v_BMHV = (peers.whole(x, "L", 1) for x in (k, v_BLHV))
+  return attend(
+    q,
+    k,
+    v_BMHV,
+    segments_BL,
+    model,
+    segments_BM=peers.whole(segments_BL, "L", 1),
+    start=peers.index("L") * q.shape[1],
+  )

@@ -12,9 +12,12 @@ from dsv3.ops.gemm import Gemm
 from dsv3.ops.linear import Weight
 
 
-def weight(key: jax.Array, shape: Sequence[int], std: float) -> nnx.Param:
-  """A float32 parameter drawn from N(0, std^2) (Sec. 4.2)."""
-  return nnx.Param(std * jax.random.normal(key, tuple(shape), jnp.float32))
+def weight(
+  key: jax.Array, dims: str, shape: Sequence[int], std: float
+) -> nnx.Param:
+  """A float32 parameter drawn from N(0, std^2) (Sec. 4.2); dims as of Matrix."""
+  values = std * jax.random.normal(key, tuple(shape), jnp.float32)
+  return nnx.Param(values, dims=dims)
 
 
 class Matrix(nnx.Param):
@@ -22,7 +25,7 @@ class Matrix(nnx.Param):
 
   `dims` says what its dims are, by name of the legend: `Q HN` has the inputs Q
   and the outputs HN; `D 2 F` two panels side by side; `E D 2 F` one for each
-  expert. `role` is what the Linear is to a recipe (`ops/gemm.py`).
+  expert. `_` is a dim that all devices hold whole. `role` is what the Linear is to a recipe (`ops/gemm.py`).
   """
 
 

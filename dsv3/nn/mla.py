@@ -1,5 +1,7 @@
 """Multi-head Latent Attention (Sec. 2.1.1)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from dsv3.nn.layers import Matrix, RmsNorm, linear, matrix
 from dsv3.ops import rope
 from dsv3.ops.attention import attention
 from dsv3.ops.gemm import Gemm
+from dsv3.ops.placement import ONE_DEVICE, Peers, Placement
 
 
 def rope_frequencies(model: config.Model) -> np.ndarray:
@@ -63,7 +66,14 @@ class Mla(nnx.Module):
   the latent, never on the rotated key.
   """
 
-  def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):
+  def __init__(
+    self,
+    model: config.Model,
+    *,
+    gemm: Gemm,
+    key: jax.Array,
+    placement: Placement = ONE_DEVICE,
+  ):
     a, std = model.attention, model.init_std
     keys = jax.random.split(key, 6)
     self.queries = Queries(model, gemm=gemm, key=keys[0])
@@ -76,6 +86,7 @@ class Mla(nnx.Module):
     self.w_o = output_matrix(keys[5], model)
     self.model = model
     self.gemm = gemm
+    self.placement = placement
 
   def latent(
     self, h_BLD, frequencies_R, offset=0
@@ -92,17 +103,7 @@ class Mla(nnx.Module):
 
   def expand(self, c_kv_BLC, k_r_BLR) -> tuple[jax.Array, jax.Array]:
     """Keys and values of all heads from the latent (Eq. 2, 4, 5)."""
-    with jax.named_scope("eq2"):
-      k_c_BLHN = linear(self.gemm.dot, c_kv_BLC, self.w_uk)
-    with jax.named_scope("eq4"):
-      n_heads, rope_dim = k_c_BLHN.shape[2], k_r_BLR.shape[-1]
-      k_r_BLHR = jnp.broadcast_to(
-        k_r_BLR[:, :, None], (*k_r_BLR.shape[:2], n_heads, rope_dim)
-      )
-      k = jnp.concatenate([k_c_BLHN, k_r_BLHR], axis=-1)
-    with jax.named_scope("eq5"):
-      v_BLHV = linear(self.gemm.dot, c_kv_BLC, self.w_uv)
-    return k, v_BLHV
+    return expand(self.w_uk, self.w_uv, c_kv_BLC, k_r_BLR, self.gemm)
 
   def by_head(self) -> tuple[jax.Array, jax.Array]:
     """W_UK as [H, N, C] and W_UV as [H, C, V]: what `absorbed` multiplies."""
@@ -152,8 +153,51 @@ class Mla(nnx.Module):
   def __call__(self, h_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
     frequencies_R = rope_frequencies(self.model)
     q = self.queries(h_BLD, frequencies_R)
-    k, v_BLHV = self.expand(*self.latent(h_BLD, frequencies_R))
-    return attend(q, k, v_BLHV, self.w_o, segments_BL, self.model, self.gemm)
+    run = self.placement.spread(
+      functools.partial(attend_to_all, model=self.model, gemm=self.gemm),
+      ("", "", "BLHX", "BLC", "BLR", "BL"),
+      "BLHV",
+    )
+    latent = self.latent(h_BLD, frequencies_R)
+    return self.output(run(self.w_uk, self.w_uv, q, *latent, segments_BL))
+
+
+def expand(
+  w_uk, w_uv, c_kv_BLC, k_r_BLR, gemm: Gemm
+) -> tuple[jax.Array, jax.Array]:
+  """Keys and values of all heads from the latent (Eq. 2, 4, 5)."""
+  with jax.named_scope("eq2"):
+    k_c_BLHN = linear(gemm.dot, c_kv_BLC, w_uk)
+  with jax.named_scope("eq4"):
+    n_heads, rope_dim = k_c_BLHN.shape[2], k_r_BLR.shape[-1]
+    k_r_BLHR = jnp.broadcast_to(
+      k_r_BLR[:, :, None], (*k_r_BLR.shape[:2], n_heads, rope_dim)
+    )
+    k = jnp.concatenate([k_c_BLHN, k_r_BLHR], axis=-1)
+  with jax.named_scope("eq5"):
+    v_BLHV = linear(gemm.dot, c_kv_BLC, w_uv)
+  return k, v_BLHV
+
+
+def attend_to_all(
+  peers: Peers, w_uk, w_uv, q, c_kv_BLC, k_r_BLR, segments_BL, *, model, gemm
+) -> jax.Array:
+  """Attention of this device's heads and queries over all positions.
+
+  Of the others' positions come the latent and the rotated key, C + R values a
+  token, and not the keys and values of the heads.
+  """
+  c_kv_BMC, k_r_BMR = (peers.whole(x, "L", 1) for x in (c_kv_BLC, k_r_BLR))
+  k, v_BMHV = expand(w_uk, w_uv, c_kv_BMC, k_r_BMR, gemm)
+  return attend(
+    q,
+    k,
+    v_BMHV,
+    segments_BL,
+    model,
+    segments_BM=peers.whole(segments_BL, "L", 1),
+    start=peers.index("L") * q.shape[1],
+  )
 
 
 def output_matrix(key: jax.Array, model: config.Model) -> Matrix:
@@ -164,27 +208,25 @@ def output_matrix(key: jax.Array, model: config.Model) -> Matrix:
 
 
 def attend(
-  q, k, v_BLHV, w_o, segments_BL, model, gemm, *, segments_BM=None, start=None
+  q, k, v_BMHV, segments_BL, model, *, segments_BM=None, start=None
 ) -> jax.Array:
-  """Attention of all heads and the output projection (Eq. 10, 11).
+  """Attention of all heads (Eq. 10).
 
   `segments_BM` of the keys and `start`, the position of the first query among
   them, are as in `attention`.
   """
   a, r = model.attention, model.rope
   with jax.named_scope("eq10"):
-    scale = rope.softmax_scale(q.shape[-1], r.yarn_factor, r.mscale)
-    o_BLHV = attention(
+    return attention(
       q,
       k,
-      v_BLHV,
-      scale=scale,
+      v_BMHV,
+      scale=rope.softmax_scale(q.shape[-1], r.yarn_factor, r.mscale),
       segments_BL=segments_BL,
       segments_BM=segments_BM,
       start=start,
       kernel=a.kernel,
     )
-  return project_out(o_BLHV, w_o, model, gemm)
 
 
 def project_out(o_BLHV, w_o, model, gemm) -> jax.Array:

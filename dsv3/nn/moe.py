@@ -10,6 +10,7 @@ from dsv3 import config
 from dsv3.nn.layers import Ffn, linear, matrix, weight
 from dsv3.ops import balance, dispatch, routing
 from dsv3.ops.gemm import Gemm
+from dsv3.ops.placement import ONE_DEVICE, Peers, Placement
 
 
 class RouterBias(nnx.Variable):
@@ -25,6 +26,7 @@ class Traffic(NamedTuple):
   load: jax.Array  # [E] int32, tokens per expert
   count: jax.Array  # [B, E] int32, of the balance losses (Eq. 18)
   mass: jax.Array  # [B, E] float32, of the balance losses (Eq. 20)
+  moved: dispatch.Moved  # rows that went to experts on other devices
 
 
 def no_traffic(n_sequences: int, n_routed: int) -> Traffic:
@@ -33,6 +35,7 @@ def no_traffic(n_sequences: int, n_routed: int) -> Traffic:
     jnp.zeros((0, n_routed), jnp.int32),
     jnp.zeros((0, n_sequences, n_routed), jnp.int32),
     jnp.zeros((0, n_sequences, n_routed), jnp.float32),
+    dispatch.Moved(*[jnp.zeros(0, jnp.int32)] * 3),
   )
 
 
@@ -41,7 +44,8 @@ class Router(nnx.Module):
 
   def __init__(self, model: config.Model, *, key: jax.Array):
     m = model.moe
-    self.centroid = weight(key, (m.n_routed, model.dim), model.init_std)
+    # Of all experts: a token is compared with every one, wherever it lies.
+    self.centroid = weight(key, "_ D", (m.n_routed, model.dim), model.init_std)
     if m.has_bias:
       self.bias = RouterBias(jnp.zeros(m.n_routed, jnp.float32))
     self.moe = m
@@ -93,7 +97,14 @@ class Experts(nnx.Module):
 class Moe(nnx.Module):
   """Shared plus routed experts, no token dropped (Eq. 12)."""
 
-  def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):
+  def __init__(
+    self,
+    model: config.Model,
+    *,
+    gemm: Gemm,
+    key: jax.Array,
+    placement: Placement = ONE_DEVICE,
+  ):
     m = model.moe
     keys = jax.random.split(key, 3)
     self.router = Router(model, key=keys[0])
@@ -108,25 +119,47 @@ class Moe(nnx.Module):
         key=keys[2],
       )
     self.moe = m
+    self.placement = placement
 
   def __call__(
     self, u_BLD: jax.Array, segments_BL: jax.Array
   ) -> tuple[jax.Array, Traffic]:
     """The output, without the residual, and the traffic."""
-    m = self.moe
-    u_TD = u_BLD.reshape(-1, u_BLD.shape[-1])
-    routed = self.router(u_TD)
-    plan = dispatch.plan(
-      routed.experts_TK, segments_BL.reshape(-1) > 0, m.n_routed
+    run = self.placement.spread(
+      route_and_run,
+      ("", "", "BLD", "BL"),
+      ("BLD", Traffic("_", "B_", "B_", "")),
     )
-    with jax.named_scope("eq12"):
-      x_AD = dispatch.dispatch(u_TD, plan)
-      gate_A = dispatch.sort_gates(routed.gate_TK, plan)
-      y_AD = self.experts(x_AD, gate_A, plan.load_E)
-      y_BLD = dispatch.combine(y_AD, plan).reshape(u_BLD.shape)
-      if m.n_shared:
-        y_BLD = y_BLD + self.shared(u_BLD)
-    count_BE, mass_BE = balance.sequence_statistics(
-      routed.affinity_TE, segments_BL, m.top_k
+    y_BLD, traffic = run(self.router, self.experts, u_BLD, segments_BL)
+    if self.moe.n_shared:
+      y_BLD = y_BLD + self.shared(u_BLD)
+    return y_BLD, traffic
+
+
+def route_and_run(
+  peers: Peers, router: Router, experts: Experts, u_BLD, segments_BL
+) -> tuple[jax.Array, Traffic]:
+  """The routed experts' part of Eq. 12 for the tokens of this device.
+
+  The load is that of all devices: each has a share of the tokens.
+  """
+  m = router.moe
+  u_TD = u_BLD.reshape(-1, u_BLD.shape[-1])
+  routed = router(u_TD)
+  valid_T1 = (segments_BL.reshape(-1) > 0)[:, None]
+  experts_TK = jnp.where(valid_T1, routed.experts_TK, m.n_routed)  # or none
+  with jax.named_scope("eq12"):
+    y_TD, load_E, moved = peers.exchange(
+      experts, u_TD, experts_TK, routed.gate_TK, m.n_routed
     )
-    return y_BLD, Traffic(plan.load_E, count_BE, mass_BE)
+    y_TD = peers.total(y_TD, "F")
+  count_BE, mass_BE = balance.sequence_statistics(
+    routed.affinity_TE, segments_BL, m.top_k
+  )
+  traffic = Traffic(
+    peers.total(load_E, "BL"),
+    peers.total(count_BE, "L"),
+    peers.total(mass_BE, "L"),
+    peers.total(moved, "BL"),
+  )
+  return y_TD.reshape(u_BLD.shape), traffic

@@ -8,6 +8,7 @@ from dsv3 import config
 from dsv3.nn import block
 from dsv3.nn.layers import RmsNorm, weight
 from dsv3.ops.gemm import Gemm
+from dsv3.ops.placement import ONE_DEVICE, Placement
 
 
 class MtpModule(nnx.Module):
@@ -19,14 +20,26 @@ class MtpModule(nnx.Module):
   Departs: Eq. 23 has no norm before the head; the released weights have one.
   """
 
-  def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):
+  def __init__(
+    self,
+    model: config.Model,
+    *,
+    gemm: Gemm,
+    key: jax.Array,
+    placement: Placement = ONE_DEVICE,
+  ):
     key_proj, key_block = jax.random.split(key)
     self.hnorm = RmsNorm(model.dim, model.norm_eps)
     self.enorm = RmsNorm(model.dim, model.norm_eps)
-    self.proj = weight(key_proj, (2 * model.dim, model.dim), model.init_std)
-    self.block = block.Block(model, model.ffn, gemm=gemm, key=key_block)
+    self.proj = weight(
+      key_proj, "I D", (2 * model.dim, model.dim), model.init_std
+    )
+    self.block = block.Block(
+      model, model.ffn, gemm=gemm, key=key_block, placement=placement
+    )
     self.norm = RmsNorm(model.dim, model.norm_eps)
     self.model = model
+    self.placement = placement
 
   def join(self, h_BLD, e_BLD) -> jax.Array:
     """The block's input, from h^(k-1) and Emb(t_(i+k)) (Eq. 21)."""
@@ -39,13 +52,13 @@ class MtpModule(nnx.Module):
       return jnp.einsum(
         "BLI,ID->BLD",
         pair,
-        self.proj[...].astype(pair.dtype),
+        self.placement.gather(self.proj)[...].astype(pair.dtype),
         precision="highest" if pair.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
       ).astype(pair.dtype)
 
   def __call__(self, h_BLD, e_BLD, segments_BL):
     """h^k before its norm from h^(k-1) and Emb(t_(i+k)), and the traffic."""
-    x_BLD = self.join(h_BLD, e_BLD)
+    x_BLD = self.placement.place(self.join(h_BLD, e_BLD), "BLD")
     with jax.named_scope("eq22"):
       return block.run(self.block, x_BLD, segments_BL, self.model.remat)

@@ -14,7 +14,9 @@ from dsv3.nn.layers import RmsNorm, weight
 from dsv3.nn.mtp import MtpModule
 from dsv3.ops import gemm as gemms
 from dsv3.ops import hopper_products, recipes
+from dsv3.ops.cross_entropy import TokenLoss, cross_entropy
 from dsv3.ops.gemm import Gemm
+from dsv3.ops.placement import ONE_DEVICE, Placement
 
 
 class Output(NamedTuple):
@@ -27,26 +29,38 @@ class Output(NamedTuple):
 class Transformer(nnx.Module):
   """DeepSeek-V3 (Fig. 2), with its MTP modules (Fig. 3)."""
 
-  def __init__(self, model: config.Model, *, gemm: Gemm, key: jax.Array):
+  def __init__(
+    self,
+    model: config.Model,
+    *,
+    gemm: Gemm,
+    key: jax.Array,
+    placement: Placement = ONE_DEVICE,
+  ):
     keys = jax.random.split(key, 5)
     shape = (model.vocab_size, model.dim)
-    self.embed = weight(keys[0], shape, model.init_std)
-    block = lambda ffn: lambda key: Block(model, ffn, gemm=gemm, key=key)
+    self.embed = weight(keys[0], "W D", shape, model.init_std)
+    block = lambda ffn: (
+      lambda key: Block(model, ffn, gemm=gemm, key=key, placement=placement)
+    )
     n_dense = model.n_layers - model.n_moe_layers
     if n_dense:
       self.dense = stack(block("dense"), n_dense, keys[1])
     if model.n_moe_layers:
       self.moe = stack(block("moe"), model.n_moe_layers, keys[2])
     self.norm = RmsNorm(model.dim, model.norm_eps)
-    self.head = weight(keys[3], shape[::-1], model.init_std)
+    self.head = weight(keys[3], "D W", shape[::-1], model.init_std)
     if model.mtp.depth:
-      make = functools.partial(MtpModule, model, gemm=gemm)
+      make = functools.partial(MtpModule, model, gemm=gemm, placement=placement)
       self.mtp = stack(lambda key: make(key=key), model.mtp.depth, keys[4])
     self.model = model
+    self.placement = placement
 
   def embedding(self, tokens_BL: jax.Array) -> jax.Array:
     """Emb(.): float32 rows of the table, in the type of activations."""
-    return self.embed[...][tokens_BL].astype(self.model.dtype)
+    table_WD = self.placement.gather(self.embed)[...]
+    x_BLD = table_WD[tokens_BL].astype(self.model.dtype)
+    return self.placement.place(x_BLD, "BLD")
 
   def logits(self, hidden_BLD: jax.Array) -> jax.Array:
     """OutHead(.), float32 (Eq. 23 before its softmax)."""
@@ -57,6 +71,18 @@ class Transformer(nnx.Module):
       precision="highest" if hidden_BLD.dtype == jnp.float32 else None,
       preferred_element_type=jnp.float32,
     )
+
+  def loss(
+    self, hidden_BLD: jax.Array, labels_BL: jax.Array, *, z_loss: bool = False
+  ) -> TokenLoss:
+    """Cross-entropy of the output head, summed over the labels (Eq. 24)."""
+
+    def of_part(peers, head, hidden_BLD, labels_BL):
+      part = cross_entropy(hidden_BLD, head[...], labels_BL, z_loss=z_loss)
+      return peers.total(part, "BL")
+
+    run = self.placement.spread(of_part, ("", "BLD", "BL"), "")
+    return run(self.head, hidden_BLD, labels_BL)
 
   def __call__(
     self,
@@ -114,9 +140,11 @@ class Transformer(nnx.Module):
     return hidden, jax.tree.map(lambda *a: jnp.stack(a), *traffics)
 
 
-def make_model(model: config.Model, key: jax.Array) -> Transformer:
+def make_model(
+  model: config.Model, key: jax.Array, placement: Placement = ONE_DEVICE
+) -> Transformer:
   """A Transformer with weights drawn from `key`."""
-  return Transformer(model, gemm=gemm_of(model), key=key)
+  return Transformer(model, gemm=gemm_of(model), key=key, placement=placement)
 
 
 def gemm_of(model: config.Model) -> Gemm:

@@ -100,3 +100,32 @@ def _combine_backward(plan, dy_TD):
 
 
 combine.defvjp(_combine_forward, _combine_backward)
+
+
+class Moved(NamedTuple):
+  """Rows that left the device of their token, forward, one way; int32.
+
+  A token goes to a node once, whatever it has there; `saved` is how many more
+  rows there would be between nodes if it went to each of its experts.
+  """
+
+  between_nodes: jax.Array
+  inside_nodes: jax.Array
+  saved: jax.Array
+
+
+def nothing_moved() -> Moved:
+  """Of a device that has all experts."""
+  return Moved(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+
+
+def through_experts(run, x_TD, experts_TK, gate_TK, n_experts: int):
+  """Every token through its experts, all of which are here (Eq. 12).
+
+  run(x_AD, gate_A, load_E) is what they do with rows sorted by expert. An expert
+  of `n_experts` is none. Returns the sums y_TD, the load, and what was moved.
+  """
+  where = plan(experts_TK, jnp.ones(len(x_TD), bool), n_experts)
+  gate_A = sort_gates(gate_TK, where)
+  y_AD = run(dispatch(x_TD, where), gate_A, where.load_E)
+  return combine(y_AD, where), where.load_E, nothing_moved()

@@ -1,58 +1,20 @@
-"""How devices are arranged: a value of the planner's, in the paper's words.
-
-Inner axes come first in a domain of fast links: tensor, context, expert, fsdp,
-then stage and data, which talk least.
-"""
-
-import dataclasses
-import math
+"""Arrangements of devices on a command line, and what a plan asks of them."""
 
 from dsv3 import config
-from dsv3.config import ConfigError
+from dsv3.config import ConfigError, Mesh
+from dsv3.parallel import sizes as mesh_sizes
+
+__all__ = ["AXES", "SCHEDULES", "Mesh", "check", "lacks", "parse"]
 
 AXES = ("data", "fsdp", "expert", "context", "tensor", "stage")
-_INNER_FIRST = ("tensor", "context", "expert", "fsdp", "stage", "data")
 SCHEDULES = ("none", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
-
-
-@dataclasses.dataclass(frozen=True)
-class Mesh:
-  """Sizes of the axes; their product is the number of devices."""
-
-  data: int = 1  # replicas; the optimizer's state is sharded over them (ZeRO-1)
-  fsdp: int = (
-    1  # sequences, and every weight gathered where it is used (ZeRO-3)
-  )
-  expert: int = 1  # sequences, and the routed experts (EP)
-  context: int = 1  # positions of a sequence (CP)
-  tensor: int = 1  # heads and hidden widths (TP)
-  stage: int = 1  # layers (PP)
-
-  @property
-  def size(self) -> int:
-    return math.prod(getattr(self, axis) for axis in AXES)
-
-  @property
-  def ranks(self) -> int:
-    """Over how many the sequences of a batch are dealt."""
-    return self.data * self.fsdp * self.expert
-
-  def domains(self, axis: str, domain: int) -> int:
-    """Domains of fast links that a group of this axis is spread over."""
-    before = _INNER_FIRST[: _INNER_FIRST.index(axis)]
-    stride = math.prod(getattr(self, a) for a in before)
-    return min(-(-stride * getattr(self, axis) // domain), getattr(self, axis))
-
-  def __str__(self) -> str:
-    sizes = [f"{a}={getattr(self, a)}" for a in AXES if getattr(self, a) > 1]
-    return ",".join(sizes) or "data=1"
 
 
 def parse(text: str, chips: int) -> Mesh:
   """`data=2,expert=64,stage=16`; one size may be -1, which fits the chips.
 
-  >>> parse("expert=64,data=-1", 128)
-  Mesh(data=2, fsdp=1, expert=64, context=1, tensor=1, stage=1)
+  >>> str(parse("expert=64,data=-1", 128))
+  'data=2,expert=64'
   """
   sizes = {}
   for part in text.split(","):
@@ -70,15 +32,7 @@ def parse(text: str, chips: int) -> Mesh:
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1:
     raise ConfigError(f"--mesh: found -1 for {' and '.join(free)}, wanted one")
-  if free:
-    others = math.prod(size for size in sizes.values() if size != -1)
-    if chips % others:
-      raise ConfigError(
-        f"--mesh: {free[0]}=-1: the other axes take {others}, no divisor of "
-        f"{chips} chips"
-      )
-    sizes[free[0]] = chips // others
-  return Mesh(**sizes)
+  return mesh_sizes.resolve(Mesh(**sizes), chips, "--mesh: ", "chips")
 
 
 def check(
@@ -91,33 +45,15 @@ def check(
   schedule: str,
 ) -> None:
   """Raises ConfigError for what does not divide, with the axis and the key."""
-  model, a = values.model, values.model.attention
-
-  def divides(axis: str, by: int, what: str) -> None:
-    size = getattr(mesh, axis)
-    if by % size:
-      raise ConfigError(
-        f"--mesh: {axis}: found {size}, wanted a divisor of {what} = {by}"
-      )
-
   if mesh.size != chips:
     raise ConfigError(
       f"--mesh: found {mesh} of {mesh.size} devices, wanted --chips = {chips}"
     )
-  if model.ffn == "moe":
-    divides("expert", model.moe.n_routed, "model.moe.n_routed")
-    divides("tensor", model.moe.hidden, "model.moe.hidden")
-  elif mesh.expert > 1:
-    raise ConfigError(
-      f"--mesh: expert: found {mesh.expert}, wanted 1: model.ffn = dense"
-    )
-  divides("tensor", a.n_heads, "model.attention.n_heads")
-  divides("fsdp", model.dim, "model.dim")
-  divides("context", values.data.seq_len, "data.seq_len")
-  if mesh.stage > model.n_layers:
+  mesh_sizes.check_model(mesh, values, "--mesh: ")
+  if mesh.stage > values.model.n_layers:
     raise ConfigError(
       f"--mesh: stage: found {mesh.stage}, wanted at most model.n_layers = "
-      f"{model.n_layers}"
+      f"{values.model.n_layers}"
     )
   if batch % (mesh.ranks * microbatches):
     raise ConfigError(

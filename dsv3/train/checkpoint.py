@@ -77,7 +77,8 @@ class Checkpoints:
     self._manager = None if read_only else self._manage(kept)
 
   def _manage(self, kept: int) -> ocp.CheckpointManager:
-    self._set_aside_unreadable_scores()
+    if jax.process_index() == 0:
+      self._set_aside_unreadable_scores()
     score = lambda metrics: metrics["bits_per_byte"]
     best = checkpoint_managers.BestN(
       get_metric_fn=score,
@@ -210,22 +211,29 @@ class Checkpoints:
       self._manager.close()
 
 
-def abstract(trees: Trees, *, on_host: tuple[str, ...] = ()) -> Trees:
-  """What `restore` needs to give arrays of these shapes on the first device.
+def abstract(
+  trees: Trees,
+  *,
+  on_host: tuple[str, ...] = (),
+  shardings: Mapping[str, Any] | None = None,
+) -> Trees:
+  """What `restore` needs to give arrays of these shapes: where each is to lie.
 
-  The items `on_host` come back as NumPy arrays.
+  That is as `shardings` say, whatever mesh a checkpoint was saved on, or on the
+  first device. The items `on_host` come back as NumPy arrays.
   """
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-  def leaf(x, host):
-    if host:  # a view of one element: it takes no memory
-      return np.broadcast_to(np.zeros((), x.dtype), x.shape)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+  def of_item(item, tree):
+    if item in on_host:  # a view of one element: it takes no memory
+      view = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape)
+      return jax.tree.map(view, tree)
+    where = jax.tree.map(lambda _: device, tree)
+    where = where if shardings is None else shardings[item]
+    leaf = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
+    return jax.tree.map(leaf, tree, where)
 
-  return {
-    item: jax.tree.map(lambda x, item=item: leaf(x, item in on_host), tree)
-    for item, tree in trees.items()
-  }
+  return {item: of_item(item, tree) for item, tree in trees.items()}
 
 
 def _forget(error: Exception) -> None:

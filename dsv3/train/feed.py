@@ -1,6 +1,6 @@
 """The rows of every step, and the held-out ones, as the step takes them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from dsv3.data import batches
 from dsv3.train.schedule import Schedule
@@ -8,16 +8,22 @@ from dsv3.train.step import Batch
 
 
 def training(
-  source: batches.Batches, schedule: Schedule, done: int, ahead: int
+  source: batches.Batches,
+  schedule: Schedule,
+  done: int,
+  ahead: int,
+  share: Callable[[int], Sequence[int]] = lambda size: (0, size),
 ) -> Iterator[Batch]:
   """The batches of all steps after the first `done`.
 
   `ahead` is how many sequences more have been read than the schedule says, for
   a run whose schedule has changed: it goes on from the first one not yet read.
+  Of a batch of `size` rows come those from the first to the second of share(size).
   """
   for step in range(done, schedule.steps):
     first = schedule.first_sequence(step) + ahead
-    yield Batch(*source.rows(first, schedule.batch_size(step)))
+    start, stop, *_ = share(schedule.batch_size(step))
+    yield Batch(*source.rows(first + start, stop - start))
 
 
 def heldout(

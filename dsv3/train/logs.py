@@ -116,6 +116,22 @@ class Progress:
       self._bar.close()
 
 
+class Silence:
+  """Log and progress of a process that is not the first: nothing."""
+
+  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    pass
+
+  def show(self, step: int, metrics: Mapping[str, float], left: float) -> None:
+    pass
+
+  def tell(self, text: str) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
 def duration(seconds: float) -> str:
   """Seconds as m:ss, or h:mm:ss from an hour."""
   minutes, seconds = divmod(int(max(seconds, 0)), 60)

@@ -23,13 +23,14 @@ from dsv3.data.prefetch import prefetch
 from dsv3.eval import bpb
 from dsv3.hf import imported
 from dsv3.nn.precision import first_memory
+from dsv3.parallel import processes
 from dsv3.plan import chips, count, here
-from dsv3.train import feed, identity, optimizer, run, schedule, state
+from dsv3.train import feed, identity, layout, optimizer, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
 from dsv3.train.clock import Clock
 from dsv3.train.ema import HostEma
 from dsv3.train.interrupt import Interrupts
-from dsv3.train.logs import MetricsLog, Progress, keep_until
+from dsv3.train.logs import MetricsLog, Progress, Silence, keep_until
 from dsv3.train.restore import start_from
 from dsv3.train.step import train_step
 from dsv3.train.watch import Watch
@@ -80,6 +81,7 @@ class _Trainer:
     use_compilation_cache()
     run.changes(workdir, values)  # another run's folder: before anything else
     self.values, self.workdir = values, workdir
+    self.layout = layout.of_run(values)
     self.schedule = schedule.make(values)
     self.data = Batches(values, values.train.seed)
     self.tokenizer = self.data.tokenizer
@@ -97,7 +99,9 @@ class _Trainer:
   def _open(self, given: run.Given) -> None:
     """Takes the run folder, restores, and only then writes down this start."""
     values, workdir = self.values, self.workdir
-    self.folder.enter_context(run.locked(workdir))
+    first = processes.is_first()
+    if first:
+      self.folder.enter_context(run.locked(workdir))
     self.checkpoints = Checkpoints(
       workdir / "checkpoints", kept=values.train.checkpoints_kept
     )
@@ -111,12 +115,16 @@ class _Trainer:
         f"config.train.steps: found {self.schedule.steps}, wanted at least "
         f"{self.done}: so many are done in {workdir}"
       )
-    changed = run.record(workdir, values, given)
-    position = run.Position(self.done, self.sequences_ahead)
-    run.record_start(workdir, given, values.train.steps, changed, position)
-    self.log = MetricsLog(workdir, self.done)
-    keep_until(workdir / "fp8.jsonl", self.done)
-    self.progress = Progress(self.done, self.schedule.steps)
+    changed = run.changes(workdir, values)
+    processes.wait_for_all("run folder read")
+    self.log = self.progress = Silence()
+    if first:
+      run.record(workdir, values, given)
+      position = run.Position(self.done, self.sequences_ahead)
+      run.record_start(workdir, given, values.train.steps, changed, position)
+      self.log = MetricsLog(workdir, self.done)
+      keep_until(workdir / "fp8.jsonl", self.done)
+      self.progress = Progress(self.done, self.schedule.steps)
     self._greet(changed)
 
   def _heldout(self) -> Batches | None:
@@ -129,8 +137,10 @@ class _Trainer:
     """State, step and data position: from the newest checkpoint, or new."""
     train_values = self.values.train
     adam = optimizer.make(self.values.optimizer)
-    create = lambda: state.create(self.values, adam)
+    placement = self.layout.placement
+    create = lambda: state.create(self.values, adam, placement)
     self.graphdef, like = jax.eval_shape(create)
+    self.shardings = self.layout.of_state(like)
     self.step_fn = jax.jit(
       functools.partial(
         train_step,
@@ -138,13 +148,20 @@ class _Trainer:
         optimizer=adam,
         schedule=self.schedule,
         values=self.values,
+        placement=placement,
       ),
+      in_shardings=(self.shardings, self.layout.of_batch()),
+      out_shardings=(self.shardings, self.layout.everywhere()),
       donate_argnums=0,
     )
     self.watch = Watch(self.graphdef, self.values, self.schedule, self.workdir)
     on_host = train_values.ema_decay > 0 and train_values.ema_place == "host"
     trees = trees_of(like, like.params if on_host else None)
-    wanted = abstract(trees, on_host=("ema",) if on_host else ())
+    wanted = abstract(
+      trees,
+      on_host=("ema",) if on_host else (),
+      shardings=trees_of(self.shardings),
+    )
     found = self.checkpoints.restore_newest(wanted, print, set_aside=True)
     self.done, self.sequences_ahead = 0, 0
     if found is None:
@@ -177,8 +194,9 @@ class _Trainer:
     elif other:
       weights = start_from(other, model)
     else:
-      return jax.jit(lambda: create()[1])()
-    return state.of_weights(self.values, adam, *weights)
+      return jax.jit(lambda: create()[1], out_shardings=self.shardings)()
+    whole = state.of_weights(self.values, adam, *weights)
+    return self.layout.put(whole, self.shardings)
 
   def _remember(self, like: state.TrainState) -> None:
     """A recipe that was not the run's so far has nothing to remember yet."""
@@ -200,9 +218,10 @@ class _Trainer:
       f"{self.values.name}: {size.main + size.mtp:,} parameters, "
       f"{size.active:,} active; {self.schedule.steps:,} steps of "
       f"{self.schedule.batch_size(self.done)} x {self.values.data.seq_len} "
-      f"tokens on {jax.device_count()} x {jax.devices()[0].device_kind}"
+      f"tokens on {self._devices()}"
     )
-    self.plan = here.forecast(self.values)
+    one = self.layout.sizes.size == 1
+    self.plan = here.forecast(self.values) if one else None
     if self.plan:
       self.progress.tell(self.plan.forecast())
     for part in self.data.report(self._sequences(self.schedule.steps)):
@@ -211,6 +230,14 @@ class _Trainer:
         f"{part.tokens:,} tokens, "
         f"{part.share:.0%} of the rows, {part.epochs:.2f} epochs"
       )
+
+  def _devices(self) -> str:
+    """The devices of the run, and those that it leaves idle."""
+    sizes, there = self.layout.sizes, jax.device_count()
+    text = f"{sizes.size} x {jax.devices()[0].device_kind}"
+    text += f", {sizes}" if sizes.size > 1 else ""
+    idle = there - sizes.size
+    return text + (f"; {idle} of {there} idle, by config.mesh" if idle else "")
 
   def _tell_stretched(self, steps_before: int) -> None:
     """A schedule in shares of the run is another one when the run is longer."""
@@ -231,22 +258,37 @@ class _Trainer:
     limit = self.values.train.max_minutes * 60 or math.inf
     clock = Clock(started, limit, self.schedule.steps)
     rows = prefetch(
-      feed.training(self.data, self.schedule, self.done, self.sequences_ahead)
+      feed.training(
+        self.data,
+        self.schedule,
+        self.done,
+        self.sequences_ahead,
+        self.layout.share,
+      )
     )
     waiting = None  # step, its metrics and labels, not yet fetched
     with Interrupts() as interrupts, contextlib.closing(rows):
       for batch in rows:
         self._tell_batch_size()
-        self.state, metrics = self.step_fn(self.state, batch)
+        n_rows = self.schedule.batch_size(self.done)
+        whole = self.layout.put_rows(batch, n_rows)
+        self.state, metrics = self.step_fn(self.state, whole)
         self.done += 1
         if waiting:
           self._settle(*waiting, clock)
         if self.watch.is_due(self.done):
           self._watch(batch)
-        waiting = (self.done, metrics, batch.labels_BPL)
+        counts = self.layout.share(n_rows).counts
+        waiting = (
+          self.done,
+          metrics,
+          batch.labels_BPL[: None if counts else 0],
+        )
         if self.host_ema:
           self.host_ema.update(self.state.params)
-        stop = interrupts.signum or clock.is_over()
+        # All stop after the same step, whichever of them is told to.
+        interrupts.signum = processes.largest(interrupts.signum or 0) or None
+        stop = interrupts.signum or processes.largest(clock.is_over())
         last = stop or self.done == self.schedule.steps
         if (
           last or self._is_due("eval_every") or self._is_due("checkpoint_every")
@@ -305,7 +347,7 @@ class _Trainer:
     if step % self.values.train.log_every and not last:
       return
     labels = labels_BPL[:, 0]
-    n_bytes = self.tokenizer.token_bytes(labels[labels >= 0])
+    n_bytes = processes.total(self.tokenizer.token_bytes(labels[labels >= 0]))
     nats = float(metrics["loss/main"]) * tokens
     metrics["bits_per_byte"] = nats / math.log(2) / max(n_bytes, 1)
     metrics["tokens"] = self._sequences(step) * self.values.data.seq_len
@@ -332,7 +374,7 @@ class _Trainer:
     flops = tokens_per_second * self._flops_per_token
     speed = {"tokens_per_second": tokens_per_second, "model_flops": flops}
     if peak := chips.peak_flops(jax.devices()[0].device_kind):
-      speed["mfu"] = flops / peak / jax.device_count()
+      speed["mfu"] = flops / peak / self.layout.sizes.size
     return speed
 
   @functools.cached_property

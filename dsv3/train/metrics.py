@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dsv3 import config
 from dsv3.ops import balance, losses
+from dsv3.ops.dispatch import Moved
 
 
 def of_step(loss, sums, count, grad_norm, hyper, after) -> dict[str, jax.Array]:
@@ -43,6 +45,19 @@ def of_load(load_XE: jax.Array) -> dict[str, jax.Array]:
     "dead_experts": (load_XE == 0).sum(dtype=jnp.int32),
     "dead_X": (load_XE == 0).sum(-1, dtype=jnp.int32),
     "load_XE": load_XE,
+  }
+
+
+def of_exchange(moved_X: Moved, model: config.Model) -> dict[str, jax.Array]:
+  """Gigabytes that activations and their gradients took to experts and back.
+
+  `saved` is what more would have gone between nodes, had a token gone there once
+  for every expert and not once for every node (Sec. 3.2.2).
+  """
+  row = 4 * model.dim * jnp.dtype(model.dtype).itemsize  # there, back, backward
+  return {
+    f"exchange_gb/{name}": row * n_X.astype(jnp.float32).sum() / 1e9
+    for name, n_X in moved_X._asdict().items()
   }
 
 

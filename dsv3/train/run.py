@@ -28,21 +28,28 @@ from dsv3 import config, overlay
 from dsv3.config import ConfigError
 
 # Keys that a run may change when it goes on, and why that is no other run.
-MAY_CHANGE = {
-  "train.steps": "how far to go",
-  "train.max_minutes": "how long to go",
-  "train.max_skipped": "when to give up",
-  "train.log_every": "what is written down, not what is computed",
-  "train.eval_every": "what is written down, not what is computed",
-  "train.eval_batches": "what is written down, not what is computed",
-  "train.final_eval_batches": "what is written down, not what is computed",
-  "train.checkpoint_every": "what is written down, not what is computed",
-  "train.checkpoints_kept": "what is written down, not what is computed",
-  "data.cache": "where the same tokens lie",
-} | {
-  f"model.precision.{field.name}": "how Linears are quantised from here on"
-  for field in dataclasses.fields(config.Precision)
-}
+MAY_CHANGE = (
+  {
+    "train.steps": "how far to go",
+    "train.max_minutes": "how long to go",
+    "train.max_skipped": "when to give up",
+    "train.log_every": "what is written down, not what is computed",
+    "train.eval_every": "what is written down, not what is computed",
+    "train.eval_batches": "what is written down, not what is computed",
+    "train.final_eval_batches": "what is written down, not what is computed",
+    "train.checkpoint_every": "what is written down, not what is computed",
+    "train.checkpoints_kept": "what is written down, not what is computed",
+    "data.cache": "where the same tokens lie",
+  }
+  | {
+    f"model.precision.{field.name}": "how Linears are quantised from here on"
+    for field in dataclasses.fields(config.Precision)
+  }
+  | {
+    f"mesh.{field.name}": "on what, not what is computed"
+    for field in dataclasses.fields(config.Mesh)
+  }
+)
 _PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy tokenizers".split()
 
 

@@ -8,6 +8,7 @@ from flax import nnx, struct
 from dsv3 import config
 from dsv3.nn.precision import Memory, check_patterns, first_memory
 from dsv3.nn.transformer import make_model, split
+from dsv3.ops.placement import ONE_DEVICE, Placement
 
 
 @struct.dataclass
@@ -25,13 +26,16 @@ class TrainState:
 
 
 def create(
-  values: config.Config, optimizer: optax.GradientTransformation
+  values: config.Config,
+  optimizer: optax.GradientTransformation,
+  placement: Placement = ONE_DEVICE,
 ) -> tuple[nnx.GraphDef, TrainState]:
   """The structure of the model and the state before the first step.
 
   Under `jax.eval_shape` no memory is taken, at any size.
   """
-  model = make_model(values.model, jax.random.key(values.train.seed))
+  key = jax.random.key(values.train.seed)
+  model = make_model(values.model, key, placement)
   graphdef, params, router = split(model)
   check_patterns(params, values.model)
   return graphdef, of_weights(values, optimizer, params, router)

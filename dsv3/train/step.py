@@ -13,8 +13,8 @@ from flax import nnx
 
 from dsv3 import config
 from dsv3.nn import precision
-from dsv3.ops import balance, losses
-from dsv3.ops.cross_entropy import cross_entropy
+from dsv3.ops import balance, dispatch, losses
+from dsv3.ops.placement import ONE_DEVICE, Placement
 from dsv3.train import metrics
 from dsv3.train.schedule import Hyper, Schedule
 from dsv3.train.state import TrainState
@@ -34,6 +34,7 @@ class Sums(NamedTuple):
   terms: dict[str, jax.Array]  # loss sums, by term
   correct_P: jax.Array  # int32, labels that had the largest logit
   load_XE: jax.Array  # int32, tokens per expert of every router
+  moved_X: dispatch.Moved  # rows that went to experts on other devices
 
 
 def loss_fn(params, router, batch, count, total_XE, hyper, *, graphdef, values):
@@ -45,11 +46,8 @@ def loss_fn(params, router, batch, count, total_XE, hyper, *, graphdef, values):
   model = nnx.merge(graphdef, params, router)
   out = model(batch.tokens_BL, batch.segments_BL, batch.labels_BPL[:, :-1])
   token_losses = [
-    cross_entropy(
-      hidden,
-      model.head[...],
-      batch.labels_BPL[:, p],
-      z_loss=values.schedule.z_weight > 0,
+    model.loss(
+      hidden, batch.labels_BPL[:, p], z_loss=values.schedule.z_weight > 0
     )
     for p, hidden in enumerate(out.hidden)
   ]
@@ -67,7 +65,7 @@ def loss_fn(params, router, batch, count, total_XE, hyper, *, graphdef, values):
     hyper.mtp_weight, hyper.balance_weight, hyper.z_weight
   )
   correct_P = jnp.stack([loss.correct for loss in token_losses])
-  sums = Sums(terms, correct_P, out.traffic.load)
+  sums = Sums(terms, correct_P, out.traffic.load, out.traffic.moved)
   return losses.total(terms, count, weights), sums
 
 
@@ -85,15 +83,29 @@ class Largest(NamedTuple):
   tree: Any
 
 
-def add_up(function, batch: Batch, microbatches: int):
+# Letters of a microbatch's dims, for `Placement.place`; P and G stay whole.
+DIMS = Batch("GBL", "GBPL", "GBL")
+
+
+def add_up(
+  function,
+  batch: Batch,
+  microbatches: int,
+  placement: Placement = ONE_DEVICE,
+):
   """Sum of `function(part, number)` over the microbatches of a batch.
 
-  In place of the sum a `Largest` in what it returns has the largest.
+  In place of the sum a `Largest` in what it returns has the largest. Every
+  microbatch is dealt to all devices.
   """
   if microbatches == 1:
     return function(batch, jnp.int32(0))
   parts_G = jax.tree.map(
-    lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch
+    lambda x, dims: placement.place(
+      x.reshape(microbatches, -1, *x.shape[1:]), dims
+    ),
+    batch,
+    DIMS,
   )
   number_G = jnp.arange(microbatches)
   first = jax.tree.map(lambda x: x[0], (parts_G, number_G))
@@ -150,7 +162,13 @@ def objective(
 
 
 def accumulate(
-  state: TrainState, batch: Batch, hyper: Hyper, *, graphdef, values
+  state: TrainState,
+  batch: Batch,
+  hyper: Hyper,
+  *,
+  graphdef,
+  values,
+  placement: Placement = ONE_DEVICE,
 ):
   """Loss, its sums and its gradients over the whole global batch, in float32.
 
@@ -165,7 +183,7 @@ def accumulate(
     counted = lambda part, _: count_choices(
       weights, state.router, part, graphdef=graphdef
     )
-    total_XE = add_up(counted, batch, microbatches)
+    total_XE = add_up(counted, batch, microbatches, placement)
   grad = jax.value_and_grad(
     functools.partial(objective, graphdef=graphdef, values=values),
     argnums=(0, 1),
@@ -187,7 +205,7 @@ def accumulate(
     )
     return loss, sums, grads, Largest(extras["amax"])
 
-  loss, sums, grads, amax = add_up(of_part, batch, microbatches)
+  loss, sums, grads, amax = add_up(of_part, batch, microbatches, placement)
   scale = precision.loss_scale(values.model, count.tokens)
   loss, grads = jax.tree.map(lambda x: x / scale, (loss, grads))
   return loss, sums, count, grads, amax.tree
@@ -224,6 +242,7 @@ def train_step(
   optimizer: optax.GradientTransformation,
   schedule: Schedule,
   values: config.Config,
+  placement: Placement = ONE_DEVICE,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """The next state, and what to log of the step.
 
@@ -232,7 +251,12 @@ def train_step(
   """
   hyper = schedule(state.step)
   loss, sums, count, grads, amax = accumulate(
-    state, batch, hyper, graphdef=graphdef, values=values
+    state,
+    batch,
+    hyper,
+    graphdef=graphdef,
+    values=values,
+    placement=placement,
   )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = jax.tree.map(lambda p, u: p - hyper.lr * u, state.params, updates)
@@ -260,4 +284,7 @@ def train_step(
     skipped=jnp.where(ok, 0, state.skipped + 1),
     skipped_total=state.skipped_total + ~ok,
   )
-  return after, metrics.of_step(loss, sums, count, grad_norm, hyper, after)
+  found = metrics.of_step(loss, sums, count, grad_norm, hyper, after)
+  if values.mesh.expert != 1:
+    found |= metrics.of_exchange(sums.moved_X, values.model)
+  return after, found

@@ -12,6 +12,7 @@ import numpy as np
 
 from dsv3 import config
 from dsv3.nn import transformer
+from dsv3.ops.placement import ONE_DEVICE
 from dsv3.train import step
 from tests import micro
 from tests.oracle import mtp
@@ -73,11 +74,12 @@ def to_oracle(tree, model: config.Model) -> dict[str, np.ndarray]:
   return out
 
 
-def from_oracle(flat: dict[str, np.ndarray], model: config.Model):
+def from_oracle(
+  flat: dict[str, np.ndarray], model: config.Model, placement=ONE_DEVICE
+):
   """Structure, parameters and router biases of a model with these weights."""
-  graphdef, *trees = jax.eval_shape(
-    lambda: transformer.split(transformer.make_model(model, jax.random.key(0)))
-  )
+  make = lambda: transformer.make_model(model, jax.random.key(0), placement)
+  graphdef, *trees = jax.eval_shape(lambda: transformer.split(make()))
 
   def get(key):
     if not key.endswith("w_gate_up"):

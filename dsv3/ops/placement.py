@@ -1,0 +1,60 @@
+"""What a model asks of the devices it is spread over: values, handed to it.
+
+The model speaks of logical dims, letters of the legend; `dsv3.parallel` makes the
+values of a mesh. The ones here are those of a single device.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from dsv3.ops.dispatch import through_experts
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+  """The other devices, to a function that each runs on its own part.
+
+  total(x, dims): the sum of x over the devices that share these dims.
+  whole(x, dim, axis): the parts of x along `dim`, its `axis`, side by side.
+  index(dim): which part of `dim` is here, from 0.
+  exchange: as `dispatch.through_experts`, wherever the experts are.
+  """
+
+  total: Callable[[Any, str], Any]
+  whole: Callable[[jax.Array, str, int], jax.Array]
+  index: Callable[[str], jax.Array | int]
+  exchange: Callable[..., tuple]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where the arrays of a model lie, and which device computes what.
+
+  place(x, dims): x, shared out by its dims: "BLD" deals sequences.
+  gather(module): a module, its weights as products read them.
+  spread(function, dims_in, dims_out): `function`, run by every device on its
+    own part. It takes Peers and then arrays of these dims, or modules (""). What
+    it returns is the same on the devices that share no dim of it.
+  """
+
+  place: Callable[[Any, str], Any]
+  gather: Callable[[Any], Any]
+  spread: Callable[[Callable, Sequence[str], Any], Callable]
+
+
+ALONE = Peers(
+  total=lambda x, dims: x,
+  whole=lambda x, dim, axis: x,
+  index=lambda dim: 0,
+  exchange=through_experts,
+)
+
+ONE_DEVICE = Placement(
+  place=lambda x, dims: x,
+  gather=lambda module: module,
+  spread=lambda function, dims_in, dims_out: functools.partial(function, ALONE),
+)

@@ -1,0 +1,165 @@
+"""The values of a mesh that a model is handed (`dsv3.ops.placement`)."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv3.config import Mesh
+from dsv3.ops.linear import Weight
+from dsv3.ops.placement import ALONE, ONE_DEVICE, Peers, Placement
+from dsv3.parallel import table
+from dsv3.parallel.exchange import Exchange, NodeExchange
+
+
+def make(
+  sizes: Mesh, mesh: jax.sharding.Mesh, exchange: str = "auto"
+) -> Placement:
+  """The Placement of a mesh; of one device that of all models without one.
+
+  `exchange` is how rows move to their experts, of `exchange.KERNELS`.
+  """
+  if sizes.size == 1:
+    return ONE_DEVICE
+
+  def place(tree, dims):
+    sharding = NamedSharding(mesh, table.computed(dims))
+    fix = lambda x: lax.with_sharding_constraint(x, sharding)
+    return jax.tree.map(fix, tree)
+
+  return Placement(
+    place=place,
+    gather=functools.partial(_gather, sizes=sizes, mesh=mesh),
+    spread=functools.partial(
+      _spread, peers=peers_of(sizes, exchange), mesh=mesh
+    ),
+  )
+
+
+def is_variable(x: Any) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
+def dims_of(variable: nnx.Variable) -> str:
+  """The logical dims that a parameter declares; "" for what all devices hold."""
+  return variable.get_metadata().get("dims", "")
+
+
+def _gather(module, *, sizes: Mesh, mesh):
+  """Weights of a module without their cut over `fsdp`, as products read them."""
+
+  def of(variable):
+    dims = dims_of(variable)
+    if not dims:
+      return variable
+    value = variable.get_value()
+    if isinstance(value, Weight):
+      return variable  # what lies beside it is gathered by the compiler
+    return variable.replace(_gathered(value, dims, sizes, mesh))
+
+  return jax.tree.map(of, module, is_leaf=is_variable)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(w, dims, sizes, mesh):
+  """The gradient is scattered where the weight was gathered."""
+  sharding = NamedSharding(mesh, table.computed(dims, w.ndim))
+  return lax.with_sharding_constraint(w, sharding)
+
+
+def _gathered_forward(w, dims, sizes, mesh):
+  return _gathered(w, dims, sizes, mesh), None
+
+
+def _gathered_backward(dims, sizes, mesh, _, dw):
+  sharding = NamedSharding(mesh, table.stored(dims, dw.shape, sizes))
+  return (lax.with_sharding_constraint(dw, sharding),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def _spread(function, dims_in, dims_out, *, peers: Peers, mesh):
+  spec = lambda dims: table.computed(dims)
+
+  def run(*arguments):
+    leaves, structure = jax.tree.flatten(arguments)
+    specs = []
+    for dims, argument in zip(dims_in, arguments, strict=True):
+      specs += [spec(dims)] if dims else _specs_of(argument)
+    assert len(specs) == len(leaves), (dims_in, len(specs), len(leaves))
+
+    def on_device(leaves):
+      return function(peers, *jax.tree.unflatten(structure, leaves))
+
+    # What it returns is made equal by `peers.total`; the tests hold it to that.
+    return jax.shard_map(
+      on_device,
+      mesh=mesh,
+      in_specs=(specs,),
+      out_specs=jax.tree.map(spec, dims_out),
+      check_vma=False,
+    )(leaves)
+
+  return run
+
+
+def _specs_of(module) -> list[PartitionSpec]:
+  """Of every array of a module, by the dims that its weights declare."""
+  specs = []
+  for part in jax.tree.leaves(module, is_leaf=is_variable):
+    dims = dims_of(part) if is_variable(part) else ""
+    value = part.get_value() if is_variable(part) else part
+    if isinstance(value, Weight):
+      specs += _specs_of_weight(value, dims)
+    else:
+      specs.append(table.computed(dims, value.ndim))
+  return specs
+
+
+def _specs_of_weight(weight: Weight, dims: str) -> list[PartitionSpec]:
+  """Of a weight under FP8: its copies lie as it does, all else everywhere.
+
+  Copies are canonical, so only the first dim, of experts, is the weight's own.
+  """
+  first = PartitionSpec(*table.computed(dims)[:1]) if dims[0] == "E" else None
+  specs = []
+  for field in dataclasses.fields(weight):
+    arrays = jax.tree.leaves(getattr(weight, field.name))
+    if field.name == "master":
+      specs += [table.computed(dims, weight.master.ndim)]
+    elif field.name in ("fprop", "dgrad") and first:
+      specs += [first] * len(arrays)
+    else:
+      specs += [PartitionSpec()] * len(arrays)
+  return specs
+
+
+def peers_of(sizes: Mesh, kernel: str) -> Peers:
+  """The Peers of a device inside `shard_map` over all axes."""
+
+  def axes_of(dims):
+    return tuple(a for a in table.axes_of(dims) if sizes.along(a) > 1)
+
+  def total(x, dims):
+    axes = axes_of(dims)
+    return lax.psum(x, axes) if axes else x
+
+  def whole(x, dim, axis):
+    axes = axes_of(dim)
+    return lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
+
+  def index(dim):
+    axes = axes_of(dim)
+    return lax.axis_index(axes) if axes else 0
+
+  exchange, nodes = ALONE.exchange, sizes.expert_nodes
+  if sizes.along("expert") > 1:
+    exchange = Exchange("expert", sizes.along("expert"), kernel)
+  if nodes > 1:
+    exchange = NodeExchange("node", nodes, exchange, kernel)
+  return Peers(total, whole, index, exchange)

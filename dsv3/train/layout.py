@@ -1,0 +1,164 @@
+"""Where the state and the batches of a run lie: its mesh, applied."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from dsv3 import config
+from dsv3.ops.placement import ONE_DEVICE, Placement
+from dsv3.parallel import layout, mesh, placement, sizes
+from dsv3.train import optimizer
+from dsv3.train.state import TrainState, create
+from dsv3.train.step import Batch
+
+BATCH = Batch("BL", "BPL", "BL")  # the dims of a batch's arrays
+
+
+class Share(NamedTuple):
+  """Rows of a batch that a process reads."""
+
+  start: int
+  stop: int
+  counts: bool  # of those with the same rows one counts what is in them
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A mesh of the devices that there are, and what goes where on it."""
+
+  sizes: config.Mesh
+  mesh: jax.sharding.Mesh
+  placement: Placement = ONE_DEVICE
+
+  def of_state(self, like: TrainState) -> TrainState:
+    """A sharding for every array of a state.
+
+    The optimizer's state and the average of the parameters are over the
+    replicas (ZeRO-1, Sec. 3.2), parameters over `fsdp` and what computes
+    different parts of them; all else is everywhere.
+    """
+    where = (self.sizes, self.mesh)
+    return layout.everywhere(like, self.mesh).replace(
+      params=layout.weights(like.params, *where),
+      opt_state=layout.moments(like.opt_state, *where),
+      ema=layout.moments(like.ema, *where),
+    )
+
+  def everywhere(self) -> Any:
+    """The sharding of what every device, so every process, is to have."""
+    return layout.everywhere(0, self.mesh)
+
+  def of_batch(self) -> Batch:
+    """A sharding for every array of a batch: rows dealt, positions cut."""
+    return Batch(*(layout.computed(dims, self.mesh) for dims in BATCH))
+
+  def put(self, tree: Any, shardings: Any) -> Any:
+    """Arrays where their shardings say."""
+    return jax.device_put(tree, shardings)
+
+  def share(self, n_rows: int) -> Share:
+    """The rows that the devices of this process compute on.
+
+    Where they do not lie side by side, or more rows than those do, it is all.
+    """
+    sharding = self.of_batch().tokens_BL
+    spans, here = {}, jax.process_index()
+    indices = sharding.devices_indices_map((n_rows, self.sizes.context))
+    for device, (rows, _) in indices.items():
+      start, stop, _ = rows.indices(n_rows)
+      first, last = spans.get(device.process_index, (start, stop))
+      spans[device.process_index] = min(first, start), max(last, stop)
+    distinct = set(spans.values())
+    if sum(stop - start for start, stop in distinct) != n_rows:
+      return Share(0, n_rows, here == 0)
+    with_these = [p for p, span in spans.items() if span == spans[here]]
+    return Share(*spans[here], here == min(with_these))
+
+  def put_rows(self, batch: Batch, n_rows: int) -> Batch:
+    """The global batch, of the rows that each process has (`share`)."""
+    if jax.process_count() == 1:
+      return batch
+    first = self.share(n_rows).start
+
+    def one(x, sharding):
+      def part(index):
+        start, stop, _ = index[0].indices(n_rows)
+        return x[(slice(start - first, stop - first), *index[1:])]
+
+      shape = (n_rows, *x.shape[1:])
+      return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(one, batch, self.of_batch())
+
+
+def of_run(values: config.Config) -> Layout:
+  """The Layout of a run; ConfigError, with the field, where none can be."""
+  devices = jax.device_count()
+  found = sizes.resolve(values.mesh, devices)
+  sizes.check_run(found, values, devices)
+  if jax.process_count() > 1:
+    _check_processes(found, values, devices)
+  made = mesh.make(found)
+  return Layout(found, made, placement.make(found, made))
+
+
+def _check_processes(
+  found: config.Mesh, values: config.Config, devices: int
+) -> None:
+  if found.size != devices:
+    raise config.ConfigError(
+      f"config.mesh: found {found} of {found.size} devices, wanted all "
+      f"{devices} of the {jax.process_count()} processes"
+    )
+  if values.train.ema_decay and values.train.ema_place == "host":
+    raise config.ConfigError(
+      "config.train.ema_place: found host with several processes, wanted device"
+    )
+
+
+def describe(values: config.Config, where: Layout) -> str:
+  """Every array of the state and the batch: its spec, its bytes on a device."""
+  adam = optimizer.make(values.optimizer)
+  like = jax.eval_shape(lambda: create(values, adam))[1]
+  length, size = values.data.seq_len, values.schedule.batch_size
+  of = lambda *dims: jax.ShapeDtypeStruct((size, *dims, length), "int32")
+  batch = Batch(of(), of(1 + values.model.mtp.depth), of())
+  rows = [
+    *layout.rows(like, where.of_state(like)),
+    *layout.rows(batch, where.of_batch()),
+  ]
+  cells = [("array", "shape", "dtype", "spec", "bytes a device")]
+  cells += [
+    (
+      r.name,
+      "x".join(map(str, r.shape)),
+      r.dtype,
+      _text(r.spec, where.sizes),
+      f"{r.bytes:,}",
+    )
+    for r in rows
+  ]
+  widths = [max(len(row[i]) for row in cells) for i in range(5)]
+  lines = [
+    "  ".join(cell.ljust(w) for cell, w in zip(row[:4], widths))
+    + f"  {row[4]:>{widths[4]}}"
+    for row in cells
+  ]
+  total = sum(row.bytes for row in rows)
+  return "\n".join(
+    [*lines, f"{total:,} bytes on each of {where.sizes.size}: {where.sizes}"]
+  )
+
+
+def _text(spec, sizes: config.Mesh) -> str:
+  """`-,expert,data+fsdp`: the axes of every dim that cut it.
+
+  >>> from jax.sharding import PartitionSpec
+  >>> spec = PartitionSpec(None, ("data", "fsdp"), "tensor")
+  >>> _text(spec, config.Mesh(data=2, fsdp=4))
+  '-,data+fsdp,-'
+  """
+  axes = [(part,) if isinstance(part, str) else part or () for part in spec]
+  cut = ["+".join(a for a in part if sizes.along(a) > 1) for part in axes]
+  return ",".join(part or "-" for part in cut) or "-"

@@ -1,0 +1,130 @@
+"""Two processes on loopback are one run, and one process can go on with it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from dsv3.config import ConfigError
+from dsv3.parallel import processes
+from dsv3.train import layout, loop
+from dsv3.train.checkpoint import Checkpoints
+from dsv3.train.logs import read_metrics
+from tests import micro
+
+RELATIVE = 1e-5
+MESH = {"mesh.data": 2, "mesh.expert": 2}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  written = micro.write_corpus(tmp_path_factory.mktemp("corpus"))
+  diff = {
+    "train.checkpoint_every": 3,
+    "train.eval_batches": 0,
+    "train.final_eval_batches": 1,
+    "schedule.time": "tokens",  # a run of fewer steps is the same so far
+  }
+  return {**written, **diff}
+
+
+def free_port() -> int:
+  with socket.socket() as listener:
+    listener.bind(("localhost", 0))
+    return listener.getsockname()[1]
+
+
+def start(config, workdir, n: int, *words):
+  """`n` processes of a run, with two devices each."""
+  flags = re.sub(r"--xla_force_host\S*", "", os.environ["XLA_FLAGS"])
+  flags += " --xla_force_host_platform_device_count=2"
+  port = free_port()
+  command = [
+    *(sys.executable, "-m", "dsv3", "train", "--no_sample"),
+    *(f"--config={config}", f"--workdir={workdir}", *words),
+    *(f"--coordinator=localhost:{port}", f"--num_processes={n}"),
+  ]
+  return [
+    subprocess.Popen(
+      [*command, f"--process_id={i}"],
+      env=os.environ | {"XLA_FLAGS": flags},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for i in range(n)
+  ]
+
+
+def finish(started) -> list[str]:
+  try:
+    return [process.communicate(timeout=400)[0] for process in started]
+  finally:
+    for process in started:
+      process.kill()
+
+
+def lines(workdir):
+  return [line for line in read_metrics(workdir) if "loss/main" in line]
+
+
+def test_two_processes_are_one_run_that_one_goes_on_with(corpus, tmp_path):
+  config = micro.write_config(
+    tmp_path / "c.py", {**corpus, **MESH, "train.steps": 4}
+  )
+  started = start(config, tmp_path / "two", 2)
+  texts = finish(started)
+  assert [process.returncode for process in started] == [0, 0], texts
+  assert "4 of 4 steps done" in texts[0] and "steps done" not in texts[1]
+  more = micro.config_of({**corpus, "mesh.data": 1, "train.steps": 6})
+  assert loop.train(more, tmp_path / "two").step == 6
+  loop.train(more, tmp_path / "one")
+  found, wanted = lines(tmp_path / "two"), lines(tmp_path / "one")
+  assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+  for one, other in zip(found, wanted, strict=True):
+    for name in ("loss", "bits_per_byte", "grad_norm"):
+      assert one[name] == pytest.approx(other[name], rel=RELATIVE), name
+    assert one["tokens"] == other["tokens"]
+    assert one["max_vio_X"] == other["max_vio_X"]  # of the loads
+
+
+def test_sigterm_to_one_saves_on_all(corpus, tmp_path):
+  config = micro.write_config(
+    tmp_path / "c.py", {**corpus, **MESH, "train.steps": 100_000}
+  )
+  started = start(config, tmp_path / "run", 2)
+  deadline = time.monotonic() + 300
+  while not lines(tmp_path / "run") and time.monotonic() < deadline:
+    time.sleep(0.2)
+  started[1].send_signal(signal.SIGTERM)
+  texts = finish(started)
+  code = 128 + signal.SIGTERM
+  assert [process.returncode for process in started] == [code, code], texts
+  saved = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps
+  assert saved and saved[-1] == lines(tmp_path / "run")[-1]["step"]
+
+
+@pytest.mark.parametrize(
+  "given, words",
+  [
+    (("localhost:1", None, 2), ("--process_id", "missing")),
+    ((None, 0, 2), ("--coordinator", "missing")),
+    (("localhost:1", 2, 2), ("--process_id", "found 2")),
+  ],
+)
+def test_a_part_of_the_arguments_is_said(given, words):
+  with pytest.raises(ConfigError) as error:
+    processes.start(*given)
+  assert all(word in str(error.value) for word in words)
+
+
+def test_one_process_reads_all_rows():
+  where = layout.of_run(micro.config_of({"mesh.data": 2, "mesh.expert": 2}))
+  assert where.share(4) == (0, 4, True)
+  assert jax.process_count() == 1
