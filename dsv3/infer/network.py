@@ -35,7 +35,7 @@ class Network(nnx.Module):
     for block in [*self.blocks, *(module.block for module in modules)]:
       w_uk_HNC, w_uv_HCV = block.attention.by_head()
       block.w_uk_HNC, block.w_uv_HCV = nnx.Param(w_uk_HNC), nnx.Param(w_uv_HCV)
-    self.model = model.model
+    self.model, self.placement = model.model, model.placement
 
   embedding = Transformer.embedding
 
