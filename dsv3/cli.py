@@ -211,6 +211,38 @@ def _parser() -> argparse.ArgumentParser:
   )
   fp8.add_argument("--out", metavar="DIR", help="[fp8 in the run folder]")
 
+  replay = add("replay", "steps of a run once more, with a knob changed")
+  replay.add_argument("workdir", metavar="RUN")
+  replay.add_argument(
+    "--from", dest="first", type=_whole, required=True, metavar="STEP",
+    help="a checkpoint",
+  )  # fmt: skip
+  replay.add_argument(
+    "--steps", type=_count, default=20, metavar="N", help="[20]"
+  )
+  replay.add_argument(
+    "--diff", nargs="+", metavar="KEY=VALUE", help="of the run's config"
+  )
+  replay.add_argument("--out", metavar="FILE", help="[in RUN/replays]")
+
+  routing = add("routing", "which experts a text uses: a table and a map")
+  _add_run(routing)
+  routing.add_argument(
+    "--domains",
+    nargs="+",
+    metavar="NAME=FILE",
+    help="texts, told apart [held-out rows, by source]",
+  )
+  routing.add_argument(
+    "--rows", type=_count, default=16, metavar="N", help="of a domain [16]"
+  )
+  routing.add_argument(
+    "--frozen", metavar="FILE.npz", help="also the loss with these choices"
+  )
+  routing.add_argument(
+    "--out", metavar="DIR", help="[routing in the run folder]"
+  )
+
   data = add("data", "the documents and tokens that a step reads", config=True)
   data.add_argument(
     "--step", type=_count, required=True, metavar="N", help="the first is 1"

@@ -17,6 +17,8 @@ COMMANDS = {
   "diff-paper": "look:diff_paper",
   "params": "look:params",
   "plan": "plan:plan",
+  "replay": "replay:replay",
+  "routing": "routing:look",
   "sweep": "lab:sweep",
   "compare": "lab:compare",
   "fp8-report": "fp8:report",

@@ -16,7 +16,7 @@ from dsv3.data import batches
 from dsv3.eval import bpb, drafting, heatmap, needle
 from dsv3.infer import Decoder
 from dsv3.train import feed, identity
-from dsv3.train.restore import restore
+from dsv3.train.restore import restore, restore_memory
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -36,6 +36,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     trained.router,
     feed.heldout(heldout, values.schedule.batch_size, n_batches),
     heldout.tokenizer,
+    restore_memory(
+      arguments.workdir, trained.step, trained.params, values.model
+    ),
   )
   print(f"{arguments.workdir}, step {trained.step}, held-out text:")
   print(f"  bits per byte        {score.bits_per_byte:.4f}")

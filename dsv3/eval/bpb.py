@@ -30,10 +30,10 @@ class Score(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _sums(params, router, batch, *, graphdef):
+def _sums(params, router, memory, batch, *, graphdef):
   """Cross-entropy, labels and load of every MoE layer in a batch."""
   values = nnx.merge(graphdef, params, router).model
-  weights = precision.attach(params, precision.prepare(params, values))
+  weights = precision.attach(params, precision.prepare(params, values, memory))
   model = nnx.merge(graphdef, weights, router)
   out = model(batch.tokens_BL, batch.segments_BL)
   labels_BL = batch.labels_BPL[:, 0]
@@ -47,11 +47,15 @@ def score(
   router: nnx.State,
   batches: Iterable,
   tokens: Tokenizer,
+  memory: precision.Memory | None = None,
 ) -> Score:
-  """The model's Score on `batches` (of `dsv3.train.step.Batch`)."""
+  """The model's Score on `batches` (of `dsv3.train.step.Batch`).
+
+  `memory` is what its recipe remembers: earlier amaxes, Linears kept high.
+  """
   nats, n_labels, n_bytes, loads = 0.0, 0, 0, []
   for batch in batches:
-    sums = _sums(params, router, batch, graphdef=graphdef)
+    sums = _sums(params, router, memory, batch, graphdef=graphdef)
     labels_BL = np.asarray(batch.labels_BPL)[:, 0]
     n_bytes += tokens.token_bytes(labels_BL[labels_BL >= 0])
     batch_nats, batch_labels, load_XE = jax.device_get(sums)

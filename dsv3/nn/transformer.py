@@ -154,7 +154,7 @@ def gemm_of(model: config.Model) -> Gemm:
   try:
     recipe = recipes.recipe(p.recipe, p.changes)
     if recipe.quantises:
-      products = hopper_products.choose(kernel, p.kernel, model.dtype)
+      products = hopper_products.choose(kernel, p.kernel, model.dtype, recipe)
   except ValueError as error:
     raise config.ConfigError(f"config.model.{error}") from error
   return gemms.make(recipe, model.dtype, kernel, products)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.ops import grouped, report
+from dsv3.ops.fp8 import Operand
 from dsv3.ops.limited import LimitedProducts
 from dsv3.ops.linear import Passes, Weight, activation, linear, record_amax
 from dsv3.ops.products import Products
@@ -154,14 +155,17 @@ def passes_of(
     kept = kept and r.dispatch_x
   elif role == "expert_out":
     dgrad_g = r.dispatch_g
+  sent = role == "expert_out" and r.dispatch_g is not None
+  kept = r.swiglu_kept if swiglu else kept
   return Passes(
     fprop_x=fprop_x,
     fprop_w=r.fprop_w,
     dgrad_g=dgrad_g,
     dgrad_w=r.dgrad_w,
-    wgrad_x=r.wgrad_x,
-    wgrad_g=r.wgrad_g,
-    kept=r.swiglu_kept if swiglu else kept,
+    wgrad_x=r.wgrad_x if swiglu else _turned(r.wgrad_x, kept),
+    wgrad_g=_turned(r.wgrad_g, dgrad_g if sent else None),
+    kept=kept,
+    sent=sent,
     stochastic=r.rounding == "stochastic",
     products=products,
     dtype=dtype,
@@ -169,12 +173,22 @@ def passes_of(
   )
 
 
+def _turned(how: Operand | None, source: Operand | None) -> Operand | None:
+  """Along the rows what was along the columns, with the same kind of scales.
+
+  Powers of two, so that turning adds next to no error (Sec. 3.3.3).
+  """
+  if how is None or source is None or source.scale != "power2":
+    return how
+  return dataclasses.replace(how, scale="power2")
+
+
 def high_of(passes: Passes) -> Passes:
   """The same Linear with no operand quantised."""
   products = Products(passes.products.kernel)
   operands = [f.name for f in dataclasses.fields(passes) if "_" in f.name]
   none = dict.fromkeys([*operands, "kept"])
-  return dataclasses.replace(passes, **none, products=products)
+  return dataclasses.replace(passes, **none, sent=False, products=products)
 
 
 def _observed(passes, inputs, weight: Weight, load_E):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from dsv3.ops import aligned, hopper
 from dsv3.ops.fp8 import Quantised
 from dsv3.ops.products import Matrix, Products
+from dsv3.ops.recipes import Recipe
 
 BLOCK = hopper.BLOCK
 
@@ -87,26 +88,59 @@ class HopperProducts(Products):
     return function(*args, **kwargs)
 
 
-def choose(grouped_kernel: str, wanted: str, dtype: str) -> Products:
+def choose(
+  grouped_kernel: str, wanted: str, dtype: str, recipe: Recipe
+) -> Products:
   """The products of `precision.kernel`: auto, reference or hopper.
 
   "auto" takes the kernels for Hopper where there is one, and says in one line
-  where it does not. Raises ValueError where "hopper" is wanted and is not there.
+  where it does not, and for which matmuls. Raises ValueError where "hopper" is
+  wanted and cannot do all of them.
   """
   if wanted == "reference":
     return Products(grouped_kernel)
   reason = hopper.why_not(BLOCK)
-  if not reason:
-    return HopperProducts(grouped_kernel, dtype)
-  if wanted == "hopper":
+  others = emulated(recipe)
+  if others and not reason and wanted == "hopper":
+    reason = f"its kernels do not multiply {recipe.name}'s {', '.join(others)}"
+  if reason and wanted == "hopper":
     raise ValueError(f"precision.kernel: found hopper, but {reason}")
-  _tell_once(reason)
-  return Products(grouped_kernel)
+  if reason:
+    _tell_once(f"FP8 is emulated, with the same operands: {reason}")
+    return Products(grouped_kernel)
+  if others:
+    _tell_once(
+      f"FP8 of {recipe.name} is emulated in {', '.join(others)}: tiles, formats "
+      "or sums that the kernels for Hopper do not have"
+    )
+  return HopperProducts(grouped_kernel, dtype)
+
+
+def emulated(recipe: Recipe) -> list[str]:
+  """The matmuls of a recipe that no kernel for Hopper computes.
+
+  >>> from dsv3.ops.recipes import recipe
+  >>> emulated(recipe("deepseek_v3")), emulated(recipe("blockwise_128"))
+  ([], ['dgrad'])
+  """
+  row, block, column = (1, BLOCK), (BLOCK, BLOCK), (BLOCK, 1)
+  r = recipe
+  wanted = {
+    "fprop": ((r.fprop_x, row), (r.fprop_w, block)),
+    "dgrad": ((r.dgrad_g, row), (r.dgrad_w, block)),
+    "wgrad": ((r.wgrad_x, column), (r.wgrad_g, column)),
+  }
+  return [
+    name
+    for name, operands in wanted.items()
+    if r.accumulation != "float32"
+    or any(o and (o.format, o.tile) != ("e4m3", tile) for o, tile in operands)
+  ]
 
 
 @functools.cache
-def _tell_once(reason: str) -> None:
-  logging.warning("FP8 is emulated, to the same numbers: %s", reason)
+def _tell_once(text: str) -> None:
+  logging.warning(text)
 
 
 def _tiled(a: Matrix, tile: tuple[int, ...]) -> bool:

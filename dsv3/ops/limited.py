@@ -128,7 +128,13 @@ class LimitedProducts(Products):
     if not _both(g_MPO, w_IPO):
       return super().dgrad(g_MPO, w_IPO, load_E)
     every = self._every(g_MPO.tile[-1], w_IPO.tile[-1])
-    beside = lambda fill: lambda x: _beside(x, every or TERMS, fill)
+    if every is None:  # a sum for each panel, whose scale is its own
+      panels = range(g_MPO.values.shape[-2])
+      parts = [
+        [_elements(_panel(q, p)) for q in (g_MPO, w_IPO)] for p in panels
+      ]
+      return sum(self._rows(a, b, load_E, every) for a, b in parts)
+    beside = lambda fill: lambda x: _beside(x, every, fill)
     a, b = (_elements(q, beside(0), beside(1)) for q in (g_MPO, w_IPO))
     return self._rows(a, b, load_E, every)
 
@@ -156,7 +162,9 @@ class LimitedProducts(Products):
 
   def _every(self, *tile_dims: int) -> int | None:
     """Terms between two moves: N_C, or the smaller tile of a scale."""
-    return min(PROMOTED, *tile_dims) // TERMS * TERMS if self.promoted else None
+    if not self.promoted:
+      return None
+    return max(TERMS, min(PROMOTED, *tile_dims) // TERMS * TERMS)
 
   def _rows(self, a, b, load_E, every):
     """Rows of a times those of b, or of the b of their expert."""
@@ -172,6 +180,23 @@ class LimitedProducts(Products):
     parts = jax.tree.map(lambda x: aligned.blocks(x, places), a)
     y_BRN = lax.map(of_block, (parts, places.expert_B))
     return aligned.gather(y_BRN.reshape(-1, y_BRN.shape[-1]), places)
+
+
+def moves(*tile_dims: int) -> bool:
+  """Can sums be promoted between tiles of these lengths? 0 is a whole dim.
+
+  >>> moves(128, 0), moves(32, 96), moves(16, 128), moves(192, 192)
+  (True, True, False, False)
+  """
+  lengths = [n for n in tile_dims if n]
+  every = min(PROMOTED, *lengths) if lengths else PROMOTED
+  return every % TERMS == 0 and all(n % every == 0 for n in lengths)
+
+
+def _panel(q: Quantised, p: int) -> Quantised:
+  """One panel of an operand [..., P, O], without its dim."""
+  at = lambda x: x[..., p, :]
+  return Quantised(at(q.values), at(q.scale), (*q.tile[:-2], q.tile[-1]))
 
 
 def _both(*operands: Matrix) -> bool:

@@ -54,6 +54,7 @@ class Passes:
   wgrad_x: Operand | None
   wgrad_g: Operand | None
   kept: Operand | None  # what Wgrad's x is made of; None: of x itself
+  sent: bool  # gradients come as dgrad_g: Wgrad has no others either
   stochastic: bool  # rounding of gradients
   products: Products
   dtype: str  # of results, and of operands that stay high
@@ -110,7 +111,8 @@ def _backward(passes, saved, dy_MPO):
     dinputs = dx.astype(like_x.dtype), *dweight
   else:
     dinputs = (dx_MI.astype(like_x.dtype),)
-  dw_IPO = passes.products.wgrad(*operands.wgrad(kept, dy_MPO, load_E))
+  source = high(g) if passes.sent else dy_MPO
+  dw_IPO = passes.products.wgrad(*operands.wgrad(kept, source, load_E))
   dweight = Weight(dw_IPO.astype(like_w.dtype), *[None] * 7)
   return dinputs, dweight, None
 

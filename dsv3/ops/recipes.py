@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 
+from dsv3.ops import limited
 from dsv3.ops.fp8 import Operand, operand
 
 
@@ -171,6 +172,7 @@ def _read(field: str, value: str, where: str):
 
 
 def _check(found: Recipe) -> None:
+  _check_moves(found)
   reasons = {
     ("scaling", "delayed"): "for the history holds one amax a tensor",
     ("accumulation", "hopper"): "for no scale can join a sum that never moves",
@@ -184,6 +186,25 @@ def _check(found: Recipe) -> None:
           f"precision.changes: {field}={value} with {name}={how}: wanted tiles "
           f"of *x*, {reason}"
         )
+
+
+def _check_moves(found: Recipe) -> None:
+  """Promoted sums move between tiles, never inside one (Sec. 3.3.2)."""
+  if found.accumulation != "promoted":
+    return
+  f, along = found, lambda how, dim: how.tile[dim] if how else 0
+  for name, *tiles in (
+    ("fprop", along(f.fprop_x, 1), along(f.fprop_w, 0)),
+    ("fprop of attention", along(f.attention_x, 1), along(f.fprop_w, 0)),
+    ("dgrad", along(f.dgrad_g, 1), along(f.dgrad_w, 1)),
+    ("wgrad", along(f.wgrad_x, 0), along(f.wgrad_g, 0)),
+  ):
+    if not limited.moves(*tiles):
+      raise ValueError(
+        f"precision.changes: accumulation=promoted with tiles of "
+        f"{' and '.join(map(str, tiles))} along the sums of {name}: wanted "
+        "multiples of 32 of which each is one of the smallest, or of 128"
+      )
 
 
 def _nearest(name: str, known) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dsv3.ops.fp8 import FORMATS, Operand, Quantised
 from dsv3.ops.linear import G, Operands, Passes, Weight, X, activation
-from dsv3.ops.products import Products
+from dsv3.ops.products import Products, high
 
 PASSES = ("fprop", "dgrad", "wgrad")
 OPERANDS = (("x", "w"), ("g", "w"), ("x", "g"))  # of each pass
@@ -48,8 +48,9 @@ def _backward(passes, saved, dy_MPO):
   x_low = operands.rows(x, passes.fprop_x, X, load_E)
   g_low = operands.rows(dy_MPO, passes.dgrad_g, G, load_E)
   kept = operands.keep(inputs, x_low, load_E)
-  x_along, g_along, load_along = operands.wgrad(kept, dy_MPO, load_E)
-  x_source, g_source = operands.wgrad_sources(kept, dy_MPO, load_E)
+  source = high(g_low) if passes.sent else dy_MPO
+  x_along, g_along, load_along = operands.wgrad(kept, source, load_E)
+  x_source, g_source = operands.wgrad_sources(kept, source, load_E)
 
   as_high = lambda a: a.astype(passes.dtype)
   x_high, w_high, g_high = map(as_high, (x, w, dy_MPO))

@@ -96,8 +96,23 @@ def route(
     group_score=group_score,
   )
   _, experts_TK = jax.lax.top_k(choice_TE, top_k)
+  gate_TK = gates(affinity_TE, experts_TK, normalize, routed_scale)
+  return Routing(experts_TK, gate_TK, affinity_TE)
+
+
+def gates(
+  affinity_TE: jax.Array,
+  experts_TK: jax.Array,
+  normalize: bool,
+  routed_scale: float,
+) -> jax.Array:
+  """The gates g of the chosen experts (Eq. 13), float32 [T, K].
+
+  >>> gates(jnp.array([[0.2, 0.6, 0.2]]), jnp.array([[1, 0]]), True, 2.0).tolist()
+  [[1.5, 0.5]]
+  """
   gate_TK = jnp.take_along_axis(affinity_TE, experts_TK, axis=-1)
   if normalize:
     # The floor matters when every chosen sigmoid underflows to zero.
     gate_TK = gate_TK / (gate_TK.sum(-1, keepdims=True) + 1e-20)
-  return Routing(experts_TK, gate_TK * routed_scale, affinity_TE)
+  return gate_TK * routed_scale

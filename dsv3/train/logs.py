@@ -23,7 +23,7 @@ class MetricsLog:
 
   def __init__(self, workdir: pathlib.Path, step: int):
     self._path = workdir / "metrics.jsonl"
-    _keep_until(self._path, step)
+    keep_until(self._path, step)
     self._file = open(self._path, "a", buffering=1)  # a line at a time
     self._board = tensorboardX.SummaryWriter(
       str(workdir / "tensorboard"), purge_step=step + 1
@@ -47,15 +47,19 @@ class MetricsLog:
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """Lines of metrics.jsonl; a last one that a kill cut short is left out."""
-  path = pathlib.Path(workdir) / "metrics.jsonl"
+  return _read(pathlib.Path(workdir) / "metrics.jsonl")
+
+
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
   lines = path.read_text().splitlines(keepends=True) if path.exists() else []
   return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
+def keep_until(path: pathlib.Path, step: int) -> None:
+  """Leaves out the rows of later steps, which will be made again."""
   if not path.exists():
     return
-  kept = [r for r in read_metrics(path.parent) if r["step"] <= step]
+  kept = [row for row in _read(path) if row["step"] <= step]
   draft = path.with_name(path.name + ".new")
   draft.write_text("".join(json.dumps(r) + "\n" for r in kept))
   draft.replace(path)

@@ -30,7 +30,7 @@ from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
 from dsv3.train.clock import Clock
 from dsv3.train.ema import HostEma
 from dsv3.train.interrupt import Interrupts
-from dsv3.train.logs import MetricsLog, Progress, Silence
+from dsv3.train.logs import MetricsLog, Progress, Silence, keep_until
 from dsv3.train.restore import start_from
 from dsv3.train.step import train_step
 from dsv3.train.watch import Watch
@@ -123,6 +123,7 @@ class _Trainer:
       position = run.Position(self.done, self.sequences_ahead)
       run.record_start(workdir, given, values.train.steps, changed, position)
       self.log = MetricsLog(workdir, self.done)
+      keep_until(workdir / "fp8.jsonl", self.done)
       self.progress = Progress(self.done, self.schedule.steps)
     self._greet(changed)
 
@@ -417,6 +418,7 @@ class _Trainer:
       self.state.router,
       feed.heldout(self.heldout, size, n_batches),
       self.tokenizer,
+      self.state.precision,
     )
     named = {f"{name}/{k}": v for k, v in score._asdict().items()}
     self.log.write(self.done, named)

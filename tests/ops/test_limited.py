@@ -79,3 +79,31 @@ def test_hopper_sums_without_promotion_are_worse():
     return np.linalg.norm(y - exact) / np.linalg.norm(exact)
 
   assert error("hopper") > 3 * error("promoted") > 0
+
+
+@pytest.mark.parametrize(
+  "name, changes, size",
+  [
+    ("per_tensor", ["accumulation=hopper"], (64, 256, 2, 256)),
+    ("per_tensor", ["accumulation=promoted"], (64, 256, 2, 20)),
+    ("mxfp8", ["accumulation=promoted"], (64, 256, 2, 72)),
+  ],
+)
+def test_panels_of_other_scales_do_not_lend_them_to_each_other(
+  name, changes, size
+):
+  x, w, dy = arrays(*size)
+  w[:, 1] *= 8
+  found, wanted = (
+    run(gemm.make(recipes.recipe(name, how), "float32").dot, x, w, dy)
+    for how in (changes, [])
+  )
+  for a, b in zip(found, wanted, strict=True):
+    close(a, b, 5e-3)
+
+
+@pytest.mark.parametrize("tile", ["1x16", "1x48", "1x192"])
+def test_sums_do_not_move_inside_a_tile(tile):
+  changes = ["accumulation=promoted", f"fprop_x=e4m3 {tile}"]
+  with pytest.raises(ValueError, match="along the sums of fprop"):
+    recipes.recipe("deepseek_v3", changes)

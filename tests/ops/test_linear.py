@@ -24,7 +24,8 @@ def as_oracle(recipe, role="", swiglu=False):
   passes = gemm.passes_of(recipe, role, "float32", Products(), swiglu=swiglu)
   names = "fprop_x fprop_w dgrad_g dgrad_w wgrad_x wgrad_g kept".split()
   values = {name: getattr(passes, name) for name in names}
-  return {k: v and dataclasses.astuple(v) for k, v in values.items()}
+  rules = {k: v and dataclasses.astuple(v) for k, v in values.items()}
+  return rules | {"sent": passes.sent}
 
 
 def arrays(m, i, p, o, seed=0):
@@ -81,6 +82,29 @@ def test_sec333_input_after_attention_is_kept_in_e5m6():
   assert rules["kept"] == ("e5m6", (1, 128), "power2")
   for a, b in zip(found, oracle.linear(rules, x, w, dy), strict=True):
     close(a, b)
+
+
+def test_sec333_experts_have_the_gradient_that_was_sent_and_no_other():
+  """Of a row whose small columns underflow on the way, Wgrad sees none either."""
+  recipe = recipes.recipe("deepseek_v3")
+  x, w, _ = arrays(128, 2 * 80, 1, 128)
+  dy = np.full((128, 1, 128), 1e-9, np.float32)
+  dy[..., 0] = 1.0
+  load_E = jnp.array([128], jnp.int32)
+  dot = gemm.make(recipe, "float32").grouped_swiglu_dot
+  make = lambda inputs, w: dot(inputs, w, load_E, role="expert_out")
+  inputs = x.reshape(128, 2, 80), np.ones(128, np.float32)
+  _, _, dw = run(make, inputs, w[None, :80], dy)
+  assert np.any(dw[..., 0]) and not np.any(dw[..., 1:])
+
+
+def test_sec333_turning_adds_next_to_nothing_where_scales_are_powers_of_two():
+  for role in ("attention_out", "expert_in"):
+    rules = as_oracle(recipes.recipe("deepseek_v3"), role)
+    assert rules["kept"][2] == rules["wgrad_x"][2] == "power2"
+  rules = as_oracle(recipes.recipe("deepseek_v3"), "expert_out")
+  assert rules["wgrad_g"] == ("e4m3", (128, 1), "power2")
+  assert as_oracle(recipes.recipe("deepseek_v3"))["wgrad_x"][2] == "float32"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -52,6 +52,8 @@ def linear(recipe, x, w_IPO, dy_MPO):
     by_panel(lambda g: low(g, recipe["dgrad_g"]), dy_MPO),
     by_panel(lambda w: low(w, recipe["dgrad_w"]), w_IPO),
   )
+  if recipe.get("sent"):  # an expert's device has no other gradient
+    dy_MPO = by_panel(lambda g: low(g, recipe["dgrad_g"]), dy_MPO)
   kept = low(x, recipe["kept"]) if recipe["kept"] else x
   dw = np.einsum(
     "mi,mpo->ipo",

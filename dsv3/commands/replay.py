@@ -1,0 +1,32 @@
+"""`dsv3 replay`: steps of a run once more, with a knob changed."""
+
+import argparse
+import json
+import pathlib
+
+from dsv3 import overlay
+from dsv3.cache import use_compilation_cache
+from dsv3.lab import replay as replays
+from dsv3.train import run
+
+
+def replay(arguments: argparse.Namespace) -> None:
+  """A table beside the run's own numbers, and all of them as JSON lines."""
+  use_compilation_cache()
+  workdir = pathlib.Path(arguments.workdir)
+  tree = run.as_tree(run.stored_config(workdir))
+  diff = overlay.parse(tree, arguments.diff or ())
+  found = replays.replay(workdir, arguments.first, arguments.steps, diff)
+  print(f"{workdir} after step {arguments.first}, with {diff or 'no change'}:")
+  rows = replays.beside(workdir, list(found))
+  print(replays.table(rows))
+  out = pathlib.Path(arguments.out or _path(workdir, arguments))
+  out.parent.mkdir(parents=True, exist_ok=True)
+  lines = [{"diff": diff, "from": arguments.first}, *rows]
+  out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  print(f"\n{out}")
+
+
+def _path(workdir: pathlib.Path, arguments) -> pathlib.Path:
+  name = ",".join(arguments.diff or ["same"]).replace("/", "_")[:80]
+  return workdir / "replays" / f"{arguments.first}-{name}.jsonl"

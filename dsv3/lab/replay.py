@@ -1,0 +1,138 @@
+"""Steps of a run once more, from a checkpoint, with a knob changed.
+
+The same batches in the same order, from the same weights and moments: what is
+different afterwards is the knob's doing. Without a change the numbers are the
+run's own, to the bit, on the machine and versions that it ran on.
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3 import config, overlay
+from dsv3.config import ConfigError
+from dsv3.data.batches import Batches
+from dsv3.nn.precision import first_memory
+from dsv3.train import feed, optimizer, run, schedule, state
+from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
+from dsv3.train.logs import read_metrics
+from dsv3.train.step import train_step
+
+# What decides which rows a step reads: a change of these is no replay.
+_OF_DATA = ("data.", "schedule.batch_", "train.seed")
+COLUMNS = ("loss", "loss/main", "grad_norm", "max_vio")  # those of the table
+
+
+def replay(
+  workdir: str | pathlib.Path,
+  first: int,
+  steps: int,
+  diff: Mapping[str, Any] | None = None,
+) -> Iterator[dict[str, float]]:
+  """Metrics of `steps` steps after checkpoint `first`, under a changed config.
+
+  Raises:
+    ConfigError: no such checkpoint, a change of the data, of the shapes of
+      parameters or moments, or steps past the end of the run.
+  """
+  values = _values(workdir, first, diff or {})
+  if first + steps > values.train.steps > 0:
+    raise ConfigError(
+      f"--steps: found {steps}, wanted at most {values.train.steps - first}: "
+      f"the run has {values.train.steps}"
+    )
+  adam = optimizer.make(values.optimizer)
+  graphdef, like = jax.eval_shape(lambda: state.create(values, adam))
+  start, meta = _restore(workdir, first, like)
+  if start.precision is None:
+    memory = first_memory(start.params, values.model)
+    start = start.replace(precision=memory)
+  plan = schedule.make(values)
+  step = jax.jit(
+    functools.partial(
+      train_step,
+      graphdef=graphdef,
+      optimizer=adam,
+      schedule=plan,
+      values=values,
+    ),
+    donate_argnums=0,
+  )
+  ahead = meta["sequences"] - plan.first_sequence(first)
+  rows = feed.training(Batches(values, values.train.seed), plan, first, ahead)
+  return _run(step, start, rows, first, steps)
+
+
+def _run(step, now, rows, first, steps):
+  for done, batch in zip(range(first + 1, first + steps + 1), rows):
+    now, metrics = step(now, batch)
+    metrics = jax.device_get(metrics)
+    found = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
+    yield {"step": done, **found}
+
+
+def _values(workdir, first, diff) -> config.Config:
+  """The run's config at that step, with the diff over it."""
+  if of_data := [key for key in diff if key.startswith(_OF_DATA)]:
+    raise ConfigError(
+      f"replay: config.{of_data[0]}: decides which rows a step reads; wanted a "
+      "knob under which the batches are the same"
+    )
+  tree = run.as_tree(run.stored_config(workdir))
+  # The schedule is in shares of the length that the run had then.
+  length, _ = run.position_of(pathlib.Path(workdir), first + 1)
+  return config.build(overlay.overlay(tree, {"train.steps": length, **diff}))
+
+
+def _restore(workdir, first, like):
+  checkpoints = Checkpoints(
+    pathlib.Path(workdir) / "checkpoints", read_only=True
+  )
+  if first not in checkpoints.steps:
+    known = ", ".join(map(str, checkpoints.steps))
+    raise ConfigError(
+      f"--from={first}: no such checkpoint; there are {known or 'none'}"
+    )
+  wanted = trees_of(like.replace(ema=None))  # an average changes no step
+  try:
+    trees, meta = checkpoints.restore(first, abstract(wanted))
+  except Exception as error:  # Orbax and TensorStore raise many kinds
+    reason = str(error).strip().split("\n")[0][:120]
+    raise ConfigError(
+      f"replay: checkpoint {first} does not fit the changed config: {reason}"
+    ) from error
+  return state_of(trees, like.replace(ema=None)), meta
+
+
+def beside(
+  workdir: str | pathlib.Path, found: list[dict[str, float]]
+) -> list[dict[str, Any]]:
+  """Each step of a replay and what the run has logged of it, if it has."""
+  logged = {
+    row["step"]: row
+    for row in read_metrics(pathlib.Path(workdir))
+    if "loss" in row
+  }
+  return [
+    {"step": row["step"], "replay": row, "run": logged.get(row["step"])}
+    for row in found
+  ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """Run, replay and their difference, in the columns of COLUMNS."""
+  lines = ["  step  " + "".join(f"{name:>34}" for name in COLUMNS)]
+  for row in rows:
+    cells = []
+    for name in COLUMNS:
+      new, old = row["replay"].get(name), (row["run"] or {}).get(name)
+      cell = "-" if new is None else f"{new:.5g}"
+      if new is not None and old is not None:
+        cell = f"{old:.5g} -> {new:.5g} ({new - old:+.2g})"
+      cells.append(f"{cell:>34}")
+    lines.append(f"{row['step']:>6}  " + "".join(cells))
+  return "\n".join(lines)
