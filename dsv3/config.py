@@ -386,7 +386,7 @@ def check(config: Config) -> None:
 def _check_model(model: Model) -> None:
   moe, attention = model.moe, model.attention
   _require(
-    model.precision.report_every > 0 or not model.precision.guard,
+    model.precision.report_every > 0 or model.precision.guard <= 0,
     "model.precision.report_every",
     model.precision.report_every,
     f"1 or more: the guard (model.precision.guard = {model.precision.guard:g}) "

@@ -64,9 +64,11 @@ def test_a_run_goes_on_on_another_mesh(corpus, straight, tmp_path):
 
 
 MESHES = [
-  {"data": 4},
   {"data": 2, "fsdp": 2, "tensor": 2},
-  {"expert": 4, "context": 2},
+  *(
+    pytest.param(mesh, marks=pytest.mark.slow)
+    for mesh in ({"data": 4}, {"expert": 4, "context": 2})
+  ),
 ]
 
 

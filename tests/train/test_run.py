@@ -100,7 +100,8 @@ OTHER = {  # values of keys that are no numbers
 
 @pytest.mark.parametrize("key", sorted(run.MAY_CHANGE))
 def test_what_is_no_other_run_may_change_and_is_kept(key, tmp_path):
-  values = micro.config_of()
+  # A guard acts on reports, and is refused without them.
+  values = micro.config_of({"model.precision.report_every": 5})
   run.record(tmp_path, values, run.Given())
   old = overlay.flat(dataclasses.asdict(values))[key]
   new = OTHER.get(key) or old + 1
