@@ -94,6 +94,7 @@ def test_two_processes_are_one_run_that_one_goes_on_with(corpus, tmp_path):
     assert one["max_vio_X"] == other["max_vio_X"]  # of the loads
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_saves_on_all(corpus, tmp_path):
   config = micro.write_config(
     tmp_path / "c.py", {**corpus, **MESH, "train.steps": 100_000}

@@ -43,6 +43,7 @@ def lines(workdir):
   return [line for line in read_metrics(workdir) if "loss/main" in line]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(corpus, straight, tmp_path):
   """On 4 devices, then on 8 in another mixture, then on 1: the same losses."""
   stages = [(3, {"data": 2, "expert": 2}), (6, {"fsdp": 2, "context": 4})]
