@@ -10,7 +10,7 @@ from dsv3 import config
 from dsv3.nn.layers import linear, matrix
 from dsv3.nn.mla import (
   Queries,
-  attend,
+  attend_from_here,
   output_matrix,
   project_out,
   rope_frequencies,
@@ -66,12 +66,4 @@ class Gqa(nnx.Module):
 def attend_to_all(peers: Peers, q, k, v_BLHV, segments_BL, *, model):
   """Attention of this device's queries over the keys of all positions."""
   k, v_BMHV = (peers.whole(x, "L", 1) for x in (k, v_BLHV))
-  return attend(
-    q,
-    k,
-    v_BMHV,
-    segments_BL,
-    model,
-    segments_BM=peers.whole(segments_BL, "L", 1),
-    start=peers.index("L") * q.shape[1],
-  )
+  return attend_from_here(peers, q, k, v_BMHV, segments_BL, model)

@@ -189,6 +189,13 @@ def attend_to_all(
   """
   c_kv_BMC, k_r_BMR = (peers.whole(x, "L", 1) for x in (c_kv_BLC, k_r_BLR))
   k, v_BMHV = expand(w_uk, w_uv, c_kv_BMC, k_r_BMR, gemm)
+  return attend_from_here(peers, q, k, v_BMHV, segments_BL, model)
+
+
+def attend_from_here(
+  peers: Peers, q, k, v_BMHV, segments_BL, model
+) -> jax.Array:
+  """`attend` of this device's queries, with the keys of all positions at hand."""
   return attend(
     q,
     k,

@@ -8,6 +8,7 @@ drew them at random; "real": it was the model's.
 import dataclasses
 
 from dsv3.plan.mesh import Mesh
+from dsv3.plan.step import Layout
 from dsv3.plan.unit import Unit
 
 
@@ -148,14 +149,10 @@ TRAINING = (
 class Stage:
   """One of the runs whose chip-hours were published together."""
 
-  diff: dict  # of v3_671b
-  mesh: Mesh
-  batch: int
-  microbatches: int
-  schedule: str
-  precision: str
+  config: str
+  diff: dict
+  layout: Layout
   tokens: float
-  virtual: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,14 +171,12 @@ def _extension(mesh_32k: Mesh, mesh_128k: Mesh, cuts: tuple, schedules: tuple):
   lengths, batches = (32_768, 131_072), (1920, 480)
   return tuple(
     Stage(
+      "v3_671b",
       {"data.seq_len": length},
-      mesh,
-      batch,
-      cut,
-      schedule,
-      "fp8",
+      Layout(
+        mesh, batch, cut, schedule, 2 if schedule == "interleaved" else 1, "fp8"
+      ),
       1000.0 * batch * length,
-      2 if schedule == "interleaved" else 1,
     )
     for length, batch, mesh, cut, schedule in zip(
       lengths, batches, (mesh_32k, mesh_128k), cuts, schedules
@@ -189,17 +184,9 @@ def _extension(mesh_32k: Mesh, mesh_128k: Mesh, cuts: tuple, schedules: tuple):
   )
 
 
-_V2 = {  # 236B of arXiv 2405.04434
+_V2 = {  # 236B of arXiv 2405.04434: other than our 230B in these alone
   "model.vocab_size": 102_400,
-  "model.dim": 5120,
-  "model.n_layers": 60,
   "model.n_dense_layers": 1,
-  "model.dense_hidden": 12_288,
-  "model.moe.n_routed": 160,
-  "model.moe.n_shared": 2,
-  "model.moe.top_k": 6,
-  "model.moe.hidden": 1536,
-  "model.moe.top_groups": 3,
   "model.mtp.depth": 0,
 }
 HOURS = (
@@ -230,7 +217,7 @@ HOURS = (
   Hours(
     "DeepSeek-V2, a trillion tokens",
     172.8e3,
-    (Stage(_V2, Mesh(data=4, expert=8, stage=16), 9216, 288, "zb1p", "bf16", 1e12),),
+    (Stage("v3_230b", _V2, Layout(Mesh(data=4, expert=8, stage=16), 9216, 288, "zb1p"), 1e12),),
     "arXiv 2405.04434, Sec. 3.2.3",
     "512 chips: 16 stages, experts over one node (its Sec. 3.1.3)",
   ),

@@ -190,16 +190,8 @@ def hours(anchor: anchors.Hours) -> float:
   """What the planner says of published chip-hours, on H800s."""
   total = 0.0
   for part in anchor.stages:
-    values = config.build(overlay.overlay(overlay.load("v3_671b"), part.diff))
-    layout = step.Layout(
-      part.mesh,
-      part.batch,
-      part.microbatches,
-      part.schedule,
-      part.virtual,
-      part.precision,
-    )
-    found = step.of(values, chips.chip("h800"), layout)
+    tree = overlay.overlay(overlay.load(part.config), part.diff)
+    found = step.of(config.build(tree), chips.chip("h800"), part.layout)
     total += found.chip_hours(part.tokens)
   return total
 

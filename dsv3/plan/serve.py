@@ -13,7 +13,14 @@ from dsv3.plan import count, fitted, kernels, network
 from dsv3.plan.chips import Chip
 from dsv3.plan.memory import Memory
 from dsv3.plan.mesh import Mesh
-from dsv3.plan.unit import Unit, cache_bytes, fitting, memory, slots
+from dsv3.plan.unit import (
+  WEIGHT_BYTES,
+  Unit,
+  cache_bytes,
+  fitting,
+  memory,
+  slots,
+)
 
 DRAFT_ACCEPTED = 0.85  # Sec. 5.4.3: 85% to 90% of second tokens are kept
 
@@ -70,7 +77,7 @@ def decode(
   rates = kernels.rates(chip, unit.precision)
   stream = chip.hbm_rate * kernels.MEMORY
   s, m = count.sizes(model), model.moe
-  size = 1 if unit.precision == "fp8" else 2
+  size, _ = WEIGHT_BYTES[unit.precision]
   layers, n_moe = model.n_layers, model.n_moe_layers
   tokens = batch * queries
   group = tokens * unit.tensor  # of the devices that share their attention

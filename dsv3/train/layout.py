@@ -7,7 +7,7 @@ import jax
 
 from dsv3 import config
 from dsv3.ops.placement import ONE_DEVICE, Placement
-from dsv3.parallel import layout, mesh, placement, sizes
+from dsv3.parallel import mesh, placement, shardings, sizes
 from dsv3.train import optimizer
 from dsv3.train.state import TrainState, create
 from dsv3.train.step import Batch
@@ -39,23 +39,23 @@ class Layout:
     different parts of them; all else is everywhere.
     """
     where = (self.sizes, self.mesh)
-    return layout.everywhere(like, self.mesh).replace(
-      params=layout.weights(like.params, *where),
-      opt_state=layout.moments(like.opt_state, *where),
-      ema=layout.moments(like.ema, *where),
+    return shardings.everywhere(like, self.mesh).replace(
+      params=shardings.weights(like.params, *where),
+      opt_state=shardings.moments(like.opt_state, *where),
+      ema=shardings.moments(like.ema, *where),
     )
 
   def everywhere(self) -> Any:
     """The sharding of what every device, so every process, is to have."""
-    return layout.everywhere(0, self.mesh)
+    return shardings.everywhere(0, self.mesh)
 
   def of_batch(self) -> Batch:
     """A sharding for every array of a batch: rows dealt, positions cut."""
-    return Batch(*(layout.computed(dims, self.mesh) for dims in BATCH))
+    return Batch(*(shardings.computed(dims, self.mesh) for dims in BATCH))
 
-  def put(self, tree: Any, shardings: Any) -> Any:
-    """Arrays where their shardings say."""
-    return jax.device_put(tree, shardings)
+  def put(self, tree: Any, where: Any) -> Any:
+    """Arrays where these shardings say."""
+    return jax.device_put(tree, where)
 
   def share(self, n_rows: int) -> Share:
     """The rows that the devices of this process compute on.
@@ -125,8 +125,8 @@ def describe(values: config.Config, where: Layout) -> str:
   of = lambda *dims: jax.ShapeDtypeStruct((size, *dims, length), "int32")
   batch = Batch(of(), of(1 + values.model.mtp.depth), of())
   rows = [
-    *layout.rows(like, where.of_state(like)),
-    *layout.rows(batch, where.of_batch()),
+    *shardings.rows(like, where.of_state(like)),
+    *shardings.rows(batch, where.of_batch()),
   ]
   cells = [("array", "shape", "dtype", "spec", "bytes a device")]
   cells += [
