@@ -43,10 +43,13 @@ def _cpu(dtype: str) -> chips.Chip:
 
   one = jnp.ones((1024, 1024), dtype)
   dot = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
-  flops = 2 * 1024**3 / _fastest(lambda: dot(one).block_until_ready())
+  share = (
+    1 / jax.local_device_count()
+  )  # virtual ones have the cores between them
+  flops = share * 2 * 1024**3 / _fastest(lambda: dot(one).block_until_ready())
   block = np.ones(1 << 24, np.float32)
   other = np.empty_like(block)
-  moved = 2 * block.nbytes / _fastest(lambda: np.copyto(other, block))
+  moved = share * 2 * block.nbytes / _fastest(lambda: np.copyto(other, block))
   memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   return chips.Chip(
     name="cpu",
@@ -54,7 +57,7 @@ def _cpu(dtype: str) -> chips.Chip:
     family="cpu",
     bf16=flops,
     fp8=flops,
-    hbm=float(memory),
+    hbm=share * memory,
     hbm_rate=moved,
     domain=1,
     link_rate=moved,
@@ -77,15 +80,15 @@ def _fastest(call) -> float:
   return min(seconds)
 
 
-def forecast(values: config.Config) -> Plan | None:
-  """The plan of this run on one device of this process; None if unknown."""
+def forecast(values: config.Config, mesh: Mesh = Mesh()) -> Plan | None:
+  """The plan of this run on a mesh of such devices; None if they are unknown."""
   found = chip(values.model.dtype)
   if found is None:
     return None
   return answer.of(
     values,
     chip=found,
-    n_chips=1,
-    mesh=Mesh(),
+    n_chips=mesh.size,
+    mesh=mesh,
     microbatches=values.train.microbatches,
   )

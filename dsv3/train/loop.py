@@ -220,8 +220,7 @@ class _Trainer:
       f"{self.schedule.batch_size(self.done)} x {self.values.data.seq_len} "
       f"tokens on {self._devices()}"
     )
-    one = self.layout.sizes.size == 1
-    self.plan = here.forecast(self.values) if one else None
+    self.plan = here.forecast(self.values, self.layout.sizes)
     if self.plan:
       self.progress.tell(self.plan.forecast())
     for part in self.data.report(self._sequences(self.schedule.steps)):
@@ -385,7 +384,7 @@ class _Trainer:
     """What the run came to, beside what was planned."""
     if not self.plan or not tokens_per_second:
       return
-    planned = self.plan.step.tokens_chip
+    planned = self.plan.step.tokens_chip * self.plan.n_chips
     self.progress.tell(
       f"measured: {tokens_per_second:,.0f} tokens/s, "
       f"{tokens_per_second / planned:.2f} of the plan's {planned:,.0f}"

@@ -208,10 +208,12 @@ def test_every_kind_of_model_has_a_plan(diff):
   json.dumps(plan.as_dict(found))
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 def test_train_says_the_plan_first_and_what_was_measured_after(
-  tmp_path, capsys
+  devices, tmp_path, capsys
 ):
   diff = {
+    "mesh.data": devices,
     **micro.write_corpus(tmp_path),
     "train.checkpoint_every": 0,
     "train.eval_batches": 0,
