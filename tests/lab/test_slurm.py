@@ -2,6 +2,10 @@
 
 import pytest
 
+# Here and not in a test that captures: it resets all log handlers as it is
+# imported, and absl's closes the stream that pytest has put in stderr's place.
+import submitit  # noqa: F401
+
 from dsv3 import cli
 from dsv3.commands import lab
 from dsv3.config import ConfigError
