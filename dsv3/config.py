@@ -225,9 +225,7 @@ class Mesh:
   """
 
   data: int = 1  # replicas; the optimizer's state is sharded over them (ZeRO-1)
-  fsdp: int = (
-    1  # sequences, and every weight gathered where it is used (ZeRO-3)
-  )
+  fsdp: int = 1  # sequences, and weights, gathered where they are used (ZeRO-3)
   expert: int = 1  # sequences, and the routed experts (EP)
   context: int = 1  # positions of a sequence (CP)
   tensor: int = 1  # heads and hidden widths (TP)
@@ -253,11 +251,9 @@ class Mesh:
     """Devices along an axis of the arrays' mesh, where `expert` is two."""
     if axis == "node":
       return self.expert_nodes
-    return (
-      self.expert // self.expert_nodes
-      if axis == "expert"
-      else (getattr(self, axis))
-    )
+    if axis == "expert":
+      return self.expert // self.expert_nodes
+    return getattr(self, axis)
 
   def __str__(self) -> str:
     sizes = dataclasses.asdict(self).items()

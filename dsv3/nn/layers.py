@@ -25,7 +25,8 @@ class Matrix(nnx.Param):
 
   `dims` says what its dims are, by name of the legend: `Q HN` has the inputs Q
   and the outputs HN; `D 2 F` two panels side by side; `E D 2 F` one for each
-  expert. `_` is a dim that all devices hold whole. `role` is what the Linear is to a recipe (`ops/gemm.py`).
+  expert. `_` is a dim that all devices hold whole. `role` is what the Linear is
+  to a recipe (`ops/gemm.py`).
   """
 
 

@@ -277,12 +277,9 @@ class _Trainer:
           self._settle(*waiting, clock)
         if self.watch.is_due(self.done):
           self._watch(batch)
-        counts = self.layout.share(n_rows).counts
-        waiting = (
-          self.done,
-          metrics,
-          batch.labels_BPL[: None if counts else 0],
-        )
+        counts = self.layout.share(n_rows).counts  # its rows, for all with them
+        labels_BPL = batch.labels_BPL if counts else batch.labels_BPL[:0]
+        waiting = (self.done, metrics, labels_BPL)
         if self.host_ema:
           self.host_ema.update(self.state.params)
         # All stop after the same step, whichever of them is told to.
