@@ -1,7 +1,6 @@
 """Where the state and the batches of a run lie: its mesh, applied."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +57,6 @@ class Layout:
     """Arrays where these shardings say."""
     return jax.device_put(tree, where)
 
-  @functools.cache  # asked for in every step, of few sizes
   def share(self, n_rows: int) -> Share:
     """The rows that the devices of this process compute on.
 
