@@ -51,7 +51,9 @@ def report(arguments: argparse.Namespace) -> None:
     "recipe": values.model.precision.recipe,
     "changes": values.model.precision.changes,
   }
-  text = json.dumps({"about": about, "rows": rows}, indent=1)
+  text = json.dumps(
+    {"about": about, "rows": [watch.plain(row) for row in rows]}, indent=1
+  )
   (out / f"{name}.json").write_text(text + "\n")
   title = (
     f"{pathlib.Path(arguments.workdir).resolve().name}, step {trained.step}: "

@@ -17,7 +17,9 @@ class MtpModule(nnx.Module):
   Embedding and output head are the main model's (Sec. 2.2) and not held here.
   `norm` is the module's own final norm, before that head.
 
-  Departs: Eq. 23 has no norm before the head; the released weights have one.
+  Departs: Eq. 23 has no norm before the head; the released weights have one. The
+  projection stays in high precision, as in the release, which has no FP8 scales
+  for it; Sec. 3.3.1 has all Linears in FP8.
   """
 
   def __init__(
@@ -48,7 +50,6 @@ class MtpModule(nnx.Module):
       if self.model.mtp.concat == "embedding_hidden":
         parts.reverse()
       pair = jnp.concatenate(parts, axis=-1)
-      # High precision, as in the release: this projection has no FP8 scales.
       return jnp.einsum(
         "BLI,ID->BLD",
         pair,

@@ -136,7 +136,7 @@ class Watch:
     report = self._report(state, batch)
     with open(self._path, "a") as file:
       for row in rows_of(report):
-        file.write(json.dumps({"step": done} | _plain(row)) + "\n")
+        file.write(json.dumps({"step": done} | plain(row)) + "\n")
     if self._precision.guard:
       state = self._guard(done, report, state, tell)
     return state, summary(report)
@@ -160,7 +160,7 @@ class Watch:
     return state.replace(precision=memory._replace(high=high))
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def plain(row: Mapping[str, Any]) -> dict[str, Any]:
   """Strict JSON: what is not finite becomes null."""
   finite = lambda v: v if not isinstance(v, float) or np.isfinite(v) else None
   return {key: finite(value) for key, value in row.items()}
