@@ -35,10 +35,12 @@ setuptools.setup(
       "pyarrow>=26",
       "pytest>=9.2",
       "pytest-xdist>=3.8",
+      "ray>=2.60",
       "submitit>=1.5.4",
     ],
     "hf": ["torch==2.13.0", "transformers>=5.23"],
     "slurm": ["submitit>=1.5.4"],
+    "ray": ["ray>=2.60"],
     "gpu": ["tokamax>=0.0.12"],
     "hopper-compile": [  # kernels for a GPU that is not there; of JAX's version
       "absl-py>=2.3",

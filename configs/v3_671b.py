@@ -67,6 +67,8 @@ def get_config() -> ConfigDict:
   moe.normalize = True  # Eq. 13
   moe.routed_scale = 2.5  # released config
   moe.balancing = "bias+sequence"  # Sec. 2.1.2
+  moe.bias_step = "sign"  # Sec. 2.1.2: by the bias speed, up or down
+  moe.bias_form = "additive"  # Eq. 16
   moe.kernel = "auto"  # ours
 
   mtp = model.mtp = ConfigDict()

@@ -153,13 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     "--jobs",
     type=_count,
     metavar="N",
-    help="runs at once [1; of an array all]",
+    help="runs at once [1; of Slurm and Ray all]",
   )
   sweep.add_argument(
     "--launcher",
-    choices=("local", "slurm"),
+    choices=("local", "slurm", "ray"),
     default="local",
-    help="processes here, or a Slurm array by submitit [local]",
+    help="processes here, a Slurm array by submitit, or tasks of the Ray cluster "
+    "that is there [local]",
   )
   sweep.add_argument(
     "--slurm",
@@ -167,6 +168,13 @@ def _parser() -> argparse.ArgumentParser:
     default={},
     metavar="KEY=VALUE,...",
     help="of submitit: slurm_partition, timeout_min, gpus_per_node, ...",
+  )
+  sweep.add_argument(
+    "--ray",
+    type=_settings,
+    default={},
+    metavar="KEY=VALUE,...",
+    help="of a Ray task: num_cpus, num_gpus, ...; and the cluster's address",
   )
   sweep.add_argument(
     "--retry", action="store_true", help="those that have failed too"

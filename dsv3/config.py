@@ -71,6 +71,9 @@ class Moe:
   routed_scale: float
   balancing: Balancing
   kernel: Literal["auto", "tiles", "ragged", "tokamax", "dense"]
+  # Of a run that was begun before there were others: V3's.
+  bias_step: Literal["sign", "proportional"] = "sign"
+  bias_form: Literal["additive", "multiplicative"] = "additive"
 
   @property
   def has_bias(self) -> bool:

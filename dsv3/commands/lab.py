@@ -10,7 +10,18 @@ import jax
 from dsv3.config import ConfigError
 from dsv3.eval import heatmap
 from dsv3.lab import compare as comparing
-from dsv3.lab import curves, experiment, index, local, page, plots, slurm, table
+from dsv3.lab import (
+  curves,
+  experiment,
+  index,
+  local,
+  page,
+  plots,
+  process,
+  ray_cluster,
+  slurm,
+  table,
+)
 from dsv3.lab.board import Board
 
 
@@ -28,9 +39,8 @@ def sweep(arguments: argparse.Namespace) -> int:
   if arguments.launcher == "slurm":
     return _submit(arguments, asked, waiting, folder)
   with Board(runs, known) as board:
-    launcher = local.Local(
-      asked, folder, board, jobs=arguments.jobs or 1, retry=arguments.retry
-    )
+    place = asked, folder, board
+    launcher = _launcher(arguments, place, len(waiting))
     launcher.run(waiting)
   code = _tell(asked, board, launcher.signum)
   if len(runs) == len(asked.runs) and board.count("done") == len(runs):
@@ -92,18 +102,37 @@ def _experiment(arguments: argparse.Namespace) -> experiment.Experiment:
   return experiment.load(arguments.folder, seeds, arguments.overrides)
 
 
-def _submit(arguments, asked, waiting, folder: pathlib.Path) -> int:
-  """Hands the runs to Slurm and does not wait for them."""
+def _launcher(arguments, place, n_waiting: int) -> local.Launcher:
+  """What trains the runs while this command waits."""
+  retry = arguments.retry
+  if arguments.launcher == "local":
+    return local.Local(*place, jobs=arguments.jobs or 1, retry=retry)
+  return ray_cluster.Ray(
+    *place,
+    jobs=arguments.jobs or max(n_waiting, 1),
+    command=lambda run: process.of_one(_words(arguments, place[1]), run),
+    options=arguments.ray,
+    retry=retry,
+  )
+
+
+def _words(arguments, folder: pathlib.Path) -> list[str]:
+  """Of `dsv3 sweep` on another machine."""
   words = [arguments.folder, f"--runs={folder}"]
   words += [f"--seeds={arguments.seeds}"] if arguments.seeds else []
   words += ["--retry"] if arguments.retry else []
-  words += [f"--config.{override}" for override in arguments.overrides]
+  return words + [f"--config.{override}" for override in arguments.overrides]
+
+
+def _submit(arguments, asked, waiting, folder: pathlib.Path) -> int:
+  """Hands the runs to Slurm and does not wait for them."""
+  words = _words(arguments, folder)
   if not waiting:
     print(f"{asked.results}: nothing is left to run")
     return 0
   at_once = arguments.jobs or len(waiting)
   jobs = slurm.submit(
-    [slurm.command(words, run) for run in waiting],
+    [process.of_one(words, run) for run in waiting],
     folder / "slurm",
     name=f"dsv3-{asked.name}",
     at_once=at_once,

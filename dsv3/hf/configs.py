@@ -220,6 +220,12 @@ def to_hf(model: config.Model) -> dict[str, Any]:
       "top2 with a bias, max without",
     ),
     (
+      m.bias_form == "additive" or not m.has_bias,
+      "moe.bias_form",
+      m.bias_form,
+      "additive",
+    ),
+    (
       m.has_bias or not model.mtp.depth,
       "moe.balancing",
       m.balancing,

@@ -131,7 +131,13 @@ def parameters(
 # it is computed, how experts are balanced, and how far positions reach.
 _FREE = (
   *("dtype", "layers", "remat", "attention.kernel", "moe.kernel"),
-  *("init_std", "moe.balancing", "rope.yarn_factor", "rope.original_len"),
+  *(
+    "init_std",
+    "moe.balancing",
+    "moe.bias_step",
+    "rope.yarn_factor",
+    "rope.original_len",
+  ),
   *("rope.beta_fast", "rope.beta_slow", "rope.mscale"),
 )
 

@@ -1,4 +1,7 @@
-"""Runs of a sweep on this machine, so many at once."""
+"""Runs of a sweep that a launcher waits for: so many at once, one progress table.
+
+`Launcher` starts them and hears signals; `Local` has them on this machine.
+"""
 
 import collections
 import contextlib
@@ -6,6 +9,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 from dsv3.lab import results
 from dsv3.lab.board import Board
@@ -28,8 +32,24 @@ def left(
   return [run for run in runs if run not in known], known
 
 
-class Local:
-  """Trains runs, each in a process; one that fails does not stop the others."""
+class Task(Protocol):
+  """A run that is being trained."""
+
+  run: Run
+  workdir: pathlib.Path
+
+  @property
+  def is_over(self) -> bool: ...
+
+  def ask_to_stop(self, times: int) -> None:
+    """The first time to save and stop, then to stop at once."""
+
+  def settle(self) -> dict[str, Any] | None:
+    """Its line in the results; None where it was stopped and can go on."""
+
+
+class Launcher:
+  """Trains runs; one that fails does not stop the others."""
 
   def __init__(
     self,
@@ -44,7 +64,11 @@ class Local:
     self.jobs, self.retry = jobs, retry
     self.signum: int | None = None  # the first signal that came
     self._asked = 0  # how often to stop
-    self._running: list[Process] = []
+    self._running: list[Task] = []
+
+  def begin(self, run: Run) -> Task | None:
+    """Starts a run; None where there is nothing to do, and the board knows."""
+    raise NotImplementedError
 
   def run(self, runs: Sequence[Run]) -> None:
     """Returns when all have ended, or those at work after a signal."""
@@ -52,29 +76,16 @@ class Local:
     with self._signals():
       while self._running or (waiting and not self.signum):
         while waiting and len(self._running) < self.jobs and not self.signum:
-          self._start(waiting.popleft())
-        for process in self._running:
-          process.ask_to_stop(self._asked)
-        for process in [p for p in self._running if p.is_over]:
-          self._running.remove(process)
-          self.board.ended(process.run, process.settle())
+          if task := self.begin(waiting.popleft()):
+            self._running.append(task)
+            self.board.started(task.run, task.workdir)
+        for task in self._running:
+          task.ask_to_stop(self._asked)
+        for task in [t for t in self._running if t.is_over]:
+          self._running.remove(task)
+          self.board.ended(task.run, task.settle())
         self.board.refresh()
         time.sleep(POLL_SECONDS)
-
-  def _start(self, run: Run) -> None:
-    held = claim(run, self.folder)
-    if held is None:
-      self.board.elsewhere(run)
-      return
-    # It may have ended elsewhere since the results were read.
-    _, known = left(self.sweep, [run], retry=self.retry)
-    if known:
-      held.close()
-      self.board.known(run, known[run])
-      return
-    process = Process(self.sweep, run, self.folder, held, self.jobs)
-    self._running.append(process)
-    self.board.started(run, process.workdir)
 
   @contextlib.contextmanager
   def _signals(self) -> Iterator[None]:
@@ -92,3 +103,20 @@ class Local:
   def _catch(self, signum: int, frame) -> None:
     # No more here: a run may be about to start.
     self.signum, self._asked = self.signum or signum, self._asked + 1
+
+
+class Local(Launcher):
+  """Each run in a process of its own, `jobs` at once."""
+
+  def begin(self, run: Run) -> Process | None:
+    held = claim(run, self.folder)
+    if held is None:
+      self.board.elsewhere(run)
+      return None
+    # It may have ended elsewhere since the results were read.
+    _, known = left(self.sweep, [run], retry=self.retry)
+    if known:
+      held.close()
+      self.board.known(run, known[run])
+      return None
+    return Process(self.sweep, run, self.folder, held, self.jobs)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import IO, Any
 
 from dsv3.config import ConfigError
@@ -44,6 +45,12 @@ def command(sweep: Experiment, run: Run, workdir: pathlib.Path) -> list[str]:
   words = [sys.executable, "-m", "dsv3", "train", "--no_sample"]
   words += [f"--config={sweep.base}", f"--workdir={workdir}"]
   return words + [f"--config.{key}={_text(v)}" for key, v in diff.items()]
+
+
+def of_one(words: Sequence[str], run: Run) -> list[str]:
+  """`dsv3 sweep` for one run, by what it computes: for another machine."""
+  only = f"--only={run.id}-s{run.seed}"
+  return [sys.executable, "-m", "dsv3", "sweep", *words, only]
 
 
 def _text(value: Any) -> str:

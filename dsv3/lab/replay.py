@@ -16,7 +16,6 @@ import numpy as np
 from dsv3 import config, overlay
 from dsv3.config import ConfigError
 from dsv3.data.batches import Batches
-from dsv3.nn.precision import first_memory
 from dsv3.train import feed, optimizer, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
 from dsv3.train.logs import read_metrics
@@ -48,9 +47,7 @@ def replay(
   adam = optimizer.make(values.optimizer)
   graphdef, like = jax.eval_shape(lambda: state.create(values, adam))
   start, meta = _restore(workdir, first, like)
-  if start.precision is None:
-    memory = first_memory(start.params, values.model)
-    start = start.replace(precision=memory)
+  start = state.with_memory(start, values.model)
   plan = schedule.make(values)
   step = jax.jit(
     functools.partial(

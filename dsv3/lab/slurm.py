@@ -7,7 +7,6 @@ to wait for the jobs, and one that is preempted goes on where it was.
 
 import pathlib
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,10 +64,3 @@ def submit(
   jobs = [Job(command, environment(1)) for command in commands]
   with executor.batch():
     return [executor.submit(job) for job in jobs]
-
-
-def command(words: Sequence[str], run: Any) -> list[str]:
-  """`dsv3 sweep` for one run, by what it computes."""
-  return [
-    sys.executable, "-m", "dsv3", "sweep", *words, f"--only={run.id}-s{run.seed}"
-  ]  # fmt: skip

@@ -63,6 +63,7 @@ class Router(nnx.Module):
       gate=m.gate,
       normalize=m.normalize,
       routed_scale=m.routed_scale,
+      bias_form=m.bias_form,
     )
 
 

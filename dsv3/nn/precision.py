@@ -54,6 +54,15 @@ def layer_name(name: str, layer: int) -> str:
   return f"{stack}.{layer}.{rest}"
 
 
+def names_of(high: Named) -> list[str]:
+  """The Linears of a `Memory.high` that are kept high, layer by layer."""
+  return [
+    layer_name(name, int(layer))
+    for name, high_X in sorted(high.items())
+    for layer in np.flatnonzero(high_X)
+  ]
+
+
 def recipe_of(model: config.Model) -> Recipe | None:
   """The recipe of a model; None if it quantises nothing."""
   return gemm_of(model).recipe

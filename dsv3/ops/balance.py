@@ -5,7 +5,10 @@ import jax.numpy as jnp
 
 
 def update_bias(
-  bias_E: jax.Array, load_E: jax.Array, speed: float | jax.Array
+  bias_E: jax.Array,
+  load_E: jax.Array,
+  speed: float | jax.Array,
+  step: str = "sign",
 ) -> jax.Array:
   """Next bias b of Eq. 16: an overloaded expert's falls by `speed` (Sec. 2.1.2).
 
@@ -13,10 +16,18 @@ def update_bias(
   leading dims (layers) are kept apart. Called once per optimiser step, outside
   differentiation and outside the optimizer. float32 in and out.
 
+  Step "sign" is the report's; "proportional" multiplies the speed by how far the
+  load is under the mean, in means: 1 for an expert without tokens. (The loss-free
+  paper's counts tokens; its speed would depend on the batch.)
+
   >>> update_bias(jnp.zeros(3), jnp.array([4, 1, 1]), 0.001).tolist()
   [-0.0010000000474974513, 0.0010000000474974513, 0.0010000000474974513]
   """
   n_routed = load_E.shape[-1]
+  if step == "proportional":
+    mean = load_E.sum(-1, keepdims=True).astype(jnp.float32) / n_routed
+    under = jnp.where(mean > 0, 1 - load_E / jnp.maximum(mean, 1e-9), 0)
+    return bias_E + speed * under
   # mean(load) - load, times E: exact in integers, where a float32 mean of
   # large counts can take the wrong sign. A count times E passes int32 from
   # 8M tokens (E = 256), so the sign is taken of high and low parts.

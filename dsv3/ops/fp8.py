@@ -1,8 +1,9 @@
 """Fine-grained quantisation: a scale for every tile, bit-defined (Sec. 3.3.2).
 
 The same bits on every platform: only IEEE products, comparisons and rounding to
-nearest are used, never a division by a scale, which compilers rewrite. The
-oracle (`tests/oracle/fp8.py`) gives the same bits in NumPy.
+nearest are used, never a division, which compilers rewrite and accelerators
+approximate (`reciprocal`). The oracle (`tests/oracle/fp8.py`) gives the same bits
+in NumPy.
 """
 
 import dataclasses
@@ -152,9 +153,9 @@ def quantise(
   x = x.astype(jnp.float32)
   finite = jnp.isfinite(x)
   if scale is None:
-    amax = _tile_max(jnp.where(finite, jnp.abs(x), 0), tile)
+    amax = tile_max(jnp.where(finite, jnp.abs(x), 0), tile)
     scale = scale_of(amax, how)
-  scaled = _by_tile(lambda x, inverse: x * inverse, x, 1 / scale, tile)
+  scaled = _by_tile(lambda x, inverse: x * inverse, x, reciprocal(scale), tile)
   scaled = jnp.clip(scaled, -kind.largest, kind.largest)
   values = _round(jnp.where(finite, scaled, jnp.nan), kind, key)
   return Quantised(values, scale, tile)
@@ -171,6 +172,41 @@ def scale_of(amax: jax.Array, how: Operand) -> jax.Array:
 
 
 _EXPONENT, _MANTISSA = np.int32(0x7F800000), np.int32(0x007FFFFF)
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+  """1 / x rounded to nearest, of a normal float32 over 0 whose inverse is one.
+
+  A CPU divides so; GPUs and TPUs approximate, and have a long division here.
+
+  >>> reciprocal(jnp.array([0.25, 3.0])).tolist()
+  [4.0, 0.3333333432674408]
+  """
+  return lax.platform_dependent(x, cpu=lambda x: 1 / x, default=long_division)
+
+
+def long_division(x: jax.Array) -> jax.Array:
+  """`reciprocal` in integers: 25 bits of 1 / m by shifting and subtracting.
+
+  With x = m 2^e and m in (1, 2) the mantissa of 1 / x is 2 / m, its exponent
+  -e - 1. No 1 / m lies halfway between two float32, so a bit more than a mantissa
+  has says where to round.
+  """
+  bits = lax.bitcast_convert_type(x, jnp.int32)
+  exponent, fraction = (bits & _EXPONENT) >> 23, bits & _MANTISSA
+  divisor = fraction | 1 << 23
+  quotient, rest = jnp.zeros_like(bits), jnp.full_like(bits, 1 << 23)
+  for _ in range(25):  # quotient = 2^25 / m
+    rest = rest << 1
+    bit = (rest >= divisor).astype(jnp.int32)
+    quotient, rest = quotient << 1 | bit, rest - bit * divisor
+  mantissa = (
+    quotient + 1
+  ) >> 1  # 24 bits, rounded; may carry into the exponent
+  inverse = ((253 - exponent) << 23) + mantissa - (1 << 23)
+  power2 = (254 - exponent) << 23
+  inverse = jnp.where(fraction == 0, power2, inverse)
+  return lax.bitcast_convert_type(inverse, jnp.float32)
 
 
 def _floor_power2(x):
@@ -222,7 +258,8 @@ def _inside(batch, tile):
   return tuple(batch + 2 * i + 1 for i in range(len(tile)))
 
 
-def _tile_max(x, tile):
+def tile_max(x: jax.Array, tile: tuple[int, ...]) -> jax.Array:
+  """The largest of every tile, in the shape of their scales."""
   return _split(x, tile).max(_inside(x.ndim - len(tile), tile))
 
 

@@ -113,9 +113,7 @@ def fp8(
     low = lambda: _observed(passes, inputs, weight, load_E)
     if weight.high is None:
       return low()
-    high = lambda: linear(
-      high_of(passes), inputs, Weight(weight.master), load_E
-    )
+    high = lambda: _unobserved(passes, inputs, weight, load_E)
     return jax.lax.cond(weight.high, high, low)
 
   def dot(x, w, role=""):
@@ -200,6 +198,14 @@ def _observed(passes, inputs, weight: Weight, load_E):
     y_MPO = record_amax(y_MPO, x_MI, weight.master, weight.amax)
   if weight.report is not None:
     y_MPO = report.watch(passes, y_MPO, inputs, alone, weight.report, load_E)
+  return y_MPO
+
+
+def _unobserved(passes, inputs, weight: Weight, load_E):
+  """`linear` with nothing quantised."""
+  y_MPO = linear(high_of(passes), inputs, Weight(weight.master), load_E)
+  if weight.report is not None:
+    y_MPO = report.nothing(y_MPO, weight.report)
   return y_MPO
 
 

@@ -181,8 +181,11 @@ def _dense_backward(saved, dy_AO):
 
 
 def _dense_wgrad(x_AI, dy_AO, load_E):
-  dy_AEO = jnp.where(_mine(load_E, len(x_AI))[..., None], dy_AO[:, None], 0)
-  return _einsum("AI,AEO->EIO", x_AI, dy_AEO)
+  # Both: what is not finite in a row of another expert times zero is NaN.
+  mine_AE1 = _mine(load_E, len(x_AI))[..., None]
+  x_AEI = jnp.where(mine_AE1, x_AI[:, None], 0)
+  dy_AEO = jnp.where(mine_AE1, dy_AO[:, None], 0)
+  return _einsum("AEI,AEO->EIO", x_AEI, dy_AEO)
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
@@ -285,6 +288,17 @@ def _over_tiles(step, carry, first, load, n_rows):
 
 def _read(x_AI, row, size):
   return lax.dynamic_slice_in_dim(x_AI, row, size)
+
+
+def _tile_pair(x_AI, dy_AO, row, size, mine):
+  """A tile of both operands of Wgrad, zeros in rows of other experts.
+
+  In both: what is not finite in one times zero in the other is NaN.
+  """
+  tiles = _read(x_AI, row, size), _read(dy_AO, row, size)
+  if mine is None:
+    return tiles
+  return tuple(jnp.where(mine[:, None], tile, 0) for tile in tiles)
 
 
 def _write(y_AO, tile, row, mine):
@@ -402,10 +416,8 @@ def _tiles_backward(saved, dy_AO):
 
     def step(carry, row, size, mine):
       dx_AI, dw_IO = carry
-      dy_tile = _read(dy_AO, row, size)
-      if mine is not None:
-        dy_tile = jnp.where(mine[:, None], dy_tile, 0)
-      dw_IO += _dot(_read(x_AI, row, size), dy_tile, (0,), (0,))
+      x_tile, dy_tile = _tile_pair(x_AI, dy_AO, row, size, mine)
+      dw_IO += _dot(x_tile, dy_tile, (0,), (0,))
       dx_tile = _dot(dy_tile, w_IO, (1,), (1,))
       return _write(dx_AI, dx_tile, row, mine), dw_IO
 
@@ -425,10 +437,8 @@ def _tiles_wgrad(x_AI, dy_AO, load_E):
 
   def of_expert(_, expert):
     def step(dw_IO, row, size, mine):
-      dy_tile = _read(dy_AO, row, size)
-      if mine is not None:
-        dy_tile = jnp.where(mine[:, None], dy_tile, 0)
-      return dw_IO + _dot(_read(x_AI, row, size), dy_tile, (0,), (0,))
+      x_tile, dy_tile = _tile_pair(x_AI, dy_AO, row, size, mine)
+      return dw_IO + _dot(x_tile, dy_tile, (0,), (0,))
 
     zeros_IO = jnp.zeros(shape_IO, jnp.float32)
     return None, _over_tiles(step, zeros_IO, *expert, len(x_AI))

@@ -153,17 +153,26 @@ class Operands(NamedTuple):
 
   def rows(self, x, how, place, load_E) -> Matrix:
     """An operand whose rows stay where they are: x of Fprop, g of Dgrad."""
-    if how is None:
-      return x.astype(self.passes.dtype)
-    if load_E is None or how.tile[0] == 1:
-      return self._quantise(x, how, place)
-    # Rows past the last expert's are in no tile; a tile has one expert's rows.
-    places = aligned.align(load_E, len(x))
-    x = aligned.spread(x, places)
-    low = self._quantise(x, how, place)
+    _, low, places = self.in_tiles(x, how, place, load_E)
+    if places is None:
+      return low
     if how.tile[0] > 1:
       return aligned.gather(low.dequantise(), places)
     return dataclasses.replace(low, values=aligned.gather(low.values, places))
+
+  def in_tiles(self, x, how, place, load_E):
+    """x laid out as its tiles need it, the operand, and where rows now are.
+
+    The last is None where they stay: a tile has one expert's rows, and rows past
+    the last expert's are in none.
+    """
+    if how is None:
+      return x, x.astype(self.passes.dtype), None
+    places = None
+    if load_E is not None and how.tile[0] != 1:
+      places = aligned.align(load_E, len(x))
+      x = aligned.spread(x, places)
+    return x, self._quantise(x, how, place), places
 
   def keep(self, inputs, x_low, load_E):
     """What stays of a Linear's inputs until Wgrad (Sec. 3.3.3)."""

@@ -11,16 +11,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dsv3.ops.fp8 import FORMATS, Operand, Quantised
+from dsv3.ops.fp8 import FORMATS, Operand, Quantised, tile_max
 from dsv3.ops.linear import G, Operands, Passes, Weight, X, activation
 from dsv3.ops.products import Products, high
 
 PASSES = ("fprop", "dgrad", "wgrad")
 OPERANDS = (("x", "w"), ("g", "w"), ("x", "g"))  # of each pass
 # Of an operand: shares of its numbers that became 0, or were cut to the largest
-# value; log2 of its smallest and largest scale.
+# value; log2 of its smallest and largest scale, of tiles that are not all zeros.
+# NaN of one that stays high.
 OF_OPERAND = ("underflow", "saturation", "scale_min", "scale_max")
-# And of a pass: the relative error of the product against operands in `dtype`.
+# And of a pass: the relative error of the product against operands in `dtype`;
+# NaN where both stay high, infinity where it is not finite.
 COLUMNS = (
   "error",
   *(f"{place}_{name}" for place in "ab" for name in OF_OPERAND),
@@ -45,8 +47,9 @@ def _backward(passes, saved, dy_MPO):
   exact = Products(passes.products.kernel)
   operands = Operands.of(passes, weight)
   x, w = activation(passes, inputs), weight.master
-  x_low = operands.rows(x, passes.fprop_x, X, load_E)
-  g_low = operands.rows(dy_MPO, passes.dgrad_g, G, load_E)
+  p, low = passes, passes.products
+  x_low = operands.rows(x, p.fprop_x, X, load_E)
+  g_low = operands.rows(dy_MPO, p.dgrad_g, G, load_E)
   kept = operands.keep(inputs, x_low, load_E)
   source = high(g_low) if passes.sent else dy_MPO
   x_along, g_along, load_along = operands.wgrad(kept, source, load_E)
@@ -54,18 +57,17 @@ def _backward(passes, saved, dy_MPO):
 
   as_high = lambda a: a.astype(passes.dtype)
   x_high, w_high, g_high = map(as_high, (x, w, dy_MPO))
-  p, low = passes, passes.products
+  tiled = lambda *rows: _operand(*operands.in_tiles(*rows, load_E)[:2], rows[1])
   rows = [
     _row(
       low.fprop(x_low, operands.fprop_w, load_E),
       exact.fprop(x_high, w_high, load_E),
-      _operand(x, x_low, p.fprop_x) + _operand(w, operands.fprop_w, p.fprop_w),
+      tiled(x, p.fprop_x, X) + _operand(w, operands.fprop_w, p.fprop_w),
     ),
     _row(
       low.dgrad(g_low, operands.dgrad_w, load_E),
       exact.dgrad(g_high, w_high, load_E),
-      _operand(dy_MPO, g_low, p.dgrad_g)
-      + _operand(w, operands.dgrad_w, p.dgrad_w),
+      tiled(dy_MPO, p.dgrad_g, G) + _operand(w, operands.dgrad_w, p.dgrad_w),
     ),
     _row(
       low.wgrad(x_along, g_along, load_along),
@@ -80,16 +82,30 @@ def _backward(passes, saved, dy_MPO):
 watch.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def nothing(y_MPO, zeros) -> jax.Array:
+  """y. The "gradient" of `zeros` is the report of a Linear that stays high."""
+  return y_MPO
+
+
+nothing.defvjp(
+  lambda y_MPO, zeros: (y_MPO, None),
+  lambda _, dy_MPO: (dy_MPO, jnp.full(SHAPE, jnp.nan)),
+)
+
+
 def _row(low, exact, operands) -> jax.Array:
   norm = lambda a: jnp.sqrt(jnp.sum(jnp.square(a)))
   error = norm(low - exact) / jnp.maximum(norm(exact), 1e-30)
-  return jnp.stack([error, *operands])
+  error = jnp.where(jnp.isfinite(error), error, jnp.inf)
+  is_high = jnp.isnan(jnp.stack(operands)).all()
+  return jnp.stack([jnp.where(is_high, jnp.nan, error), *operands])
 
 
 def _operand(x, low, how: Operand | None) -> list[jax.Array]:
-  """OF_OPERAND of x and what became of it; zeros where it stayed high."""
+  """OF_OPERAND of x and what became of it."""
   if not isinstance(low, Quantised):
-    return [jnp.float32(0)] * len(OF_OPERAND)
+    return [jnp.float32(jnp.nan)] * len(OF_OPERAND)
   if isinstance(x, Quantised):  # kept as it is: what it lost, it lost before
     x = x.dequantise()
   x = jnp.abs(x.astype(jnp.float32))
@@ -99,10 +115,11 @@ def _operand(x, low, how: Operand | None) -> list[jax.Array]:
   count = lambda mask: jnp.sum(mask, dtype=jnp.float32)
   lost = (x != 0) & (low.values.astype(jnp.float32) == 0)
   some = jnp.maximum(count(x != 0), 1)
-  log_scale = jnp.log2(low.scale)
+  held = tile_max(x, low.tile) > 0
+  log_scale = jnp.where(held, jnp.log2(low.scale), jnp.nan)
   return [
     count(lost) / some,
     count(x > limit) / some,
-    log_scale.min(),
-    log_scale.max(),
+    jnp.nanmin(log_scale),
+    jnp.nanmax(log_scale),
   ]

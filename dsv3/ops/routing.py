@@ -76,19 +76,24 @@ def route(
   gate: str,
   normalize: bool,
   routed_scale: float,
+  bias_form: str = "additive",
 ) -> Routing:
   """The top_k experts of every token and their gates g (Eq. 13-16).
 
   The bias decides who is chosen and never how much he counts: gates come from
   the affinities without it (Eq. 16). Chosen gates are divided by their sum if
   `normalize` (Eq. 13), then multiplied by `routed_scale`. Of equal scores the
-  lower expert index wins.
+  lower expert index wins. A bias of `bias_form` "multiplicative" chooses by
+  s (1 + b) in place of s + b (arXiv 2408.15664).
 
   Departs: Eq. 13 has no scale; the released code multiplies by 2.5. We
   add 1e-20 to the denominator, for sigmoids that all underflow.
   """
   affinity_TE = affinity(u_TD, centroid_ED, gate)
-  choice_TE = affinity_TE if bias_E is None else affinity_TE + bias_E
+  choice_TE = affinity_TE
+  if bias_E is not None:
+    scale_TE = affinity_TE if bias_form == "multiplicative" else 1
+    choice_TE = affinity_TE + scale_TE * bias_E
   choice_TE = limit_groups(
     jax.lax.stop_gradient(choice_TE),
     n_groups=n_groups,

@@ -6,7 +6,8 @@ own, so that evaluation reads the parameters alone:
   params ema       nested dicts by name: moe/attention/w_uk; float32
   router           moe/ffn/router/bias; float32
   optimizer        1/first/..., 1/second/...: the moments; 1/count
-  precision        amax histories and guarded Linears of an FP8 recipe
+  amax             of earlier steps, by Linear, under delayed scaling
+  guarded          by Linear and layer: does the guard keep it high?
   counters         step, skipped, skipped_total
   meta             JSON: data position, seed, type and shape of every array
 
@@ -30,7 +31,7 @@ from dsv3.train.state import TrainState
 
 Trees = dict[str, Any]  # name of an item -> pytree
 COUNTERS = ("step", "skipped", "skipped_total")
-OPTIONAL = ("precision",)  # left out where a checkpoint has it otherwise
+OPTIONAL = ("amax", "guarded")  # left out where a checkpoint has it otherwise
 
 
 class CheckpointError(RuntimeError):
@@ -44,7 +45,8 @@ def trees_of(state: TrainState, host_ema: Any = None) -> Trees:
     "router": state.router,
     "optimizer": state.opt_state,
     "ema": state.ema if host_ema is None else host_ema,
-    "precision": state.precision,
+    "amax": state.precision.history,
+    "guarded": state.precision.high,
     "counters": {name: getattr(state, name) for name in COUNTERS},
   }
   return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
@@ -53,16 +55,20 @@ def trees_of(state: TrainState, host_ema: Any = None) -> Trees:
 def state_of(trees: Mapping[str, Any], like: TrainState) -> TrainState:
   """The TrainState in `trees`; what has no arrays comes from `like`.
 
-  `precision` is None where the checkpoint has it not, or of another recipe.
+  A part of `precision` is None where the checkpoint has it not, or of another
+  recipe.
   """
+  memory = like.precision
+  remembered = lambda item, part: trees.get(item, None if part else part)
   return TrainState(
     **{name: trees["counters"][name] for name in COUNTERS},
     params=trees["params"],
     opt_state=trees.get("optimizer", like.opt_state),
     router=trees.get("router", like.router),
     ema=None if like.ema is None else trees["ema"],
-    precision=trees.get(
-      "precision", None if jax.tree.leaves(like.precision) else like.precision
+    precision=memory._replace(
+      history=remembered("amax", memory.history),
+      high=remembered("guarded", memory.high),
     ),
   )
 
@@ -139,6 +145,17 @@ class Checkpoints:
     found = self._read(step, **wanted) if wanted else {}
     trees = {item: _from_names(like[item], found[item]) for item in like}
     return trees, meta
+
+  def stored(self, step: int, item: str, meta: Mapping[str, Any]) -> Trees:
+    """An item as it is on disk, by name, NumPy; empty if it is not there."""
+    tree = {
+      name.removeprefix(f"{item}/"): np.broadcast_to(
+        np.zeros((), meta["dtypes"][name]), shape
+      )
+      for name, shape in meta["shapes"].items()
+      if name.startswith(f"{item}/")
+    }
+    return self.restore(step, {item: tree})[0][item] if tree else {}
 
   def _read(self, step: int, **items) -> Mapping[str, Any]:
     arguments = ocp.args.Composite(**items)

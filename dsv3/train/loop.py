@@ -22,7 +22,7 @@ from dsv3.data.batches import Batches
 from dsv3.data.prefetch import prefetch
 from dsv3.eval import bpb
 from dsv3.hf import imported
-from dsv3.nn.precision import first_memory
+from dsv3.nn import precision
 from dsv3.parallel import processes
 from dsv3.plan import chips, count, here
 from dsv3.train import feed, identity, layout, optimizer, run, schedule, state
@@ -86,6 +86,7 @@ class _Trainer:
     self.data = Batches(values, values.train.seed)
     self.tokenizer = self.data.tokenizer
     self.heldout = self._heldout()
+    self._build()
     self.folder = contextlib.ExitStack()
     try:
       self._open(given)
@@ -133,14 +134,13 @@ class _Trainer:
       return None
     return Batches(self.values, 0, "heldout")
 
-  def _restore(self) -> None:
-    """State, step and data position: from the newest checkpoint, or new."""
-    train_values = self.values.train
-    adam = optimizer.make(self.values.optimizer)
+  def _build(self) -> None:
+    """The step, and the shapes of its state: what the config cannot be is told."""
+    self.adam = adam = optimizer.make(self.values.optimizer)
     placement = self.layout.placement
-    create = lambda: state.create(self.values, adam, placement)
-    self.graphdef, like = jax.eval_shape(create)
-    self.shardings = self.layout.of_state(like)
+    self.create = lambda: state.create(self.values, adam, placement)
+    self.graphdef, self.like = jax.eval_shape(self.create)
+    self.shardings = self.layout.of_state(self.like)
     self.step_fn = jax.jit(
       functools.partial(
         train_step,
@@ -155,6 +155,10 @@ class _Trainer:
       donate_argnums=0,
     )
     self.watch = Watch(self.graphdef, self.values, self.schedule, self.workdir)
+
+  def _restore(self) -> None:
+    """State, step and data position: from the newest checkpoint, or new."""
+    train_values, like = self.values.train, self.like
     on_host = train_values.ema_decay > 0 and train_values.ema_place == "host"
     trees = trees_of(like, like.params if on_host else None)
     wanted = abstract(
@@ -165,12 +169,12 @@ class _Trainer:
     found = self.checkpoints.restore_newest(wanted, print, set_aside=True)
     self.done, self.sequences_ahead = 0, 0
     if found is None:
-      self.state = self._begin(create, adam)
+      self.state = self._begin()
       average = self.state.params
     else:
       self.done, trees, meta = found
       self.state, average = state_of(trees, like), trees.get("ema")
-      self._remember(like)
+      self._remember(meta)
       identity.check_tokenizer(meta, self.tokenizer)
       if change := identity.other_text(meta, self.data):
         print(f"{change}: from here on the run reads other text")
@@ -181,7 +185,7 @@ class _Trainer:
     decay = train_values.ema_decay
     self.host_ema = HostEma(average, decay) if on_host else None
 
-  def _begin(self, create, adam) -> state.TrainState:
+  def _begin(self) -> state.TrainState:
     """The state before the first step: with weights that are given, or drawn."""
     model, other = self.values.model, self.values.train.start_from
     if other and imported.is_there(self.workdir):
@@ -194,17 +198,24 @@ class _Trainer:
     elif other:
       weights = start_from(other, model)
     else:
-      return jax.jit(lambda: create()[1], out_shardings=self.shardings)()
-    whole = state.of_weights(self.values, adam, *weights)
+      create = lambda: self.create()[1]
+      return jax.jit(create, out_shardings=self.shardings)()
+    whole = state.of_weights(self.values, self.adam, *weights)
     return self.layout.put(whole, self.shardings)
 
-  def _remember(self, like: state.TrainState) -> None:
-    """A recipe that was not the run's so far has nothing to remember yet."""
-    if self.state.precision is None:
-      memory = first_memory(self.state.params, self.values.model)
-      self.state = self.state.replace(precision=memory)
-      if jax.tree.leaves(like.precision):
-        print("precision: the recipe's scales and guarded Linears start anew")
+  def _remember(self, meta: dict[str, Any]) -> None:
+    """Tells what a recipe or a guard forgets that was not the run's so far."""
+    if self.state.precision.history is None:
+      print("precision: the recipe's scales start anew")
+    self.state = state.with_memory(self.state, self.values.model)
+    if self.state.precision.high:
+      return
+    before = self.checkpoints.stored(self.done, "guarded", meta)
+    if names := precision.names_of(before):
+      print(
+        "precision: without a guard that keeps them high, these are quantised "
+        f"again unless precision.high names them: {', '.join(names)}"
+      )
 
   def _greet(self, changed: dict[str, tuple[Any, Any]]) -> None:
     for key, (old, new) in changed.items():

@@ -92,9 +92,10 @@ def restore_memory(
   folder = pathlib.Path(workdir) / "checkpoints"
   if not jax.tree.leaves(memory) or not (folder / str(step)).is_dir():
     return memory
-  like = abstract({"precision": memory})
+  parts = {"amax": memory.history, "guarded": memory.high}
+  like = abstract({item: part for item, part in parts.items() if part})
   found, _ = Checkpoints(folder, read_only=True).restore(step, like)
-  return found.get("precision", memory)
+  return precision.Memory(*({**parts, **found}[item] for item in parts))
 
 
 def _restore_import(workdir, values, step, ema, as_stored) -> Trained:

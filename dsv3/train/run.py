@@ -73,7 +73,7 @@ def stored_config(workdir: str | pathlib.Path) -> config.Config:
   """The resolved config of a run; ConfigError if there is no run."""
   path = pathlib.Path(workdir) / "config.json"
   if not path.is_file():
-    raise ConfigError(f"--workdir={workdir}: found no run there (no {path})")
+    raise ConfigError(f"{workdir}: found no run there (no {path})")
   try:
     return config.build(json.loads(path.read_text())["resolved"])
   except (json.JSONDecodeError, KeyError) as error:

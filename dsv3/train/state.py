@@ -59,3 +59,10 @@ def of_weights(
     skipped=jnp.int32(0),
     skipped_total=jnp.int32(0),
   )
+
+
+def with_memory(state: TrainState, model: config.Model) -> TrainState:
+  """The state with what a recipe remembers anew where a checkpoint had it not."""
+  memory, anew = state.precision, first_memory(state.params, model)
+  parts = (new if old is None else old for old, new in zip(memory, anew))
+  return state.replace(precision=Memory(*parts))

@@ -211,7 +211,9 @@ def accumulate(
   return loss, sums, count, grads, amax.tree
 
 
-def update_router(router: nnx.State, load_XE: jax.Array, speed) -> nnx.State:
+def update_router(
+  router: nnx.State, load_XE: jax.Array, speed, bias_step: str = "sign"
+) -> nnx.State:
   """Every router's bias moved by its own load (Sec. 2.1.2).
 
   Rows of `load_XE` are the MoE layers and then the MTP modules, the order in
@@ -224,7 +226,8 @@ def update_router(router: nnx.State, load_XE: jax.Array, speed) -> nnx.State:
   assert sum(rows) == load_XE.shape[0], (rows, load_XE.shape)
   loads = jnp.split(load_XE, [sum(rows[: i + 1]) for i in range(len(rows) - 1)])
   moved = [
-    balance.update_bias(b, load, speed) for b, load in zip(biases, loads)
+    balance.update_bias(bias, load, speed, bias_step)
+    for bias, load in zip(biases, loads)
   ]
   return jax.tree.unflatten(structure, moved)
 
@@ -260,7 +263,12 @@ def train_step(
   )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = jax.tree.map(lambda p, u: p - hyper.lr * u, state.params, updates)
-  router = update_router(state.router, sums.load_XE, hyper.bias_speed)
+  router = update_router(
+    state.router,
+    sums.load_XE,
+    hyper.bias_speed,
+    values.model.moe.bias_step,
+  )
   memory = precision.remember(state.precision, amax)
 
   grad_norm = optax.tree.norm(grads)

@@ -82,35 +82,41 @@ def rows_of(report: Report) -> list[dict[str, Any]]:
 
 
 def summary(report: Report) -> dict[str, float]:
-  """Scalars of a report: the mean error of each pass, and the worst there are."""
+  """Scalars of a report: the mean error of each pass, and the worst there are.
+
+  Of what is quantised; what no operand gives is left out.
+  """
   values_RPC = np.concatenate([np.asarray(v) for v in report.values()])
   error_RP = values_RPC[..., COLUMNS.index("error")]
   column = lambda name: values_RPC[
     ..., [COLUMNS.index(f"{place}_{name}") for place in "ab"]
   ]
   found = {
-    f"fp8/error_{pass_}": error_RP[:, i].mean()
+    f"fp8/error_{pass_}": (np.mean, error_RP[:, i])
     for i, pass_ in enumerate(PASSES)
+  } | {
+    "fp8/error_max": (np.max, error_RP),
+    "fp8/underflow_max": (np.max, column("underflow")),
+    "fp8/saturation_max": (np.max, column("saturation")),
+    "fp8/scale_log2_min": (np.min, column("scale_min")),
+    "fp8/scale_log2_max": (np.max, column("scale_max")),
   }
-  return found | {
-    "fp8/error_max": error_RP.max(),
-    "fp8/underflow_max": column("underflow").max(),
-    "fp8/saturation_max": column("saturation").max(),
-    "fp8/scale_log2_min": column("scale_min").min(),
-    "fp8/scale_log2_max": column("scale_max").max(),
-  }
+  given = {key: (of, x[~np.isnan(x)]) for key, (of, x) in found.items()}
+  return {key: of(x) for key, (of, x) in given.items() if x.size}
 
 
 def over(report: Report, threshold: float) -> dict[str, np.ndarray]:
   """Per Linear, [layers] bool: has a matmul an error over the threshold?
 
-  One that is not finite is over it.
+  One that is not finite is over it, one that stays high is not.
   """
-  column = COLUMNS.index("error")
-  return {
-    name: ~(np.asarray(values)[..., column].max(-1) <= threshold)
-    for name, values in report.items()
-  }
+  return {name: worst(values) > threshold for name, values in report.items()}
+
+
+def worst(values_XPC) -> np.ndarray:
+  """The largest error of each layer's matmuls; 0 where all stay high."""
+  error_XP = np.asarray(values_XPC)[..., COLUMNS.index("error")]
+  return np.where(np.isnan(error_XP), 0, error_XP).max(-1)
 
 
 class Watch:
@@ -144,15 +150,14 @@ class Watch:
   def _guard(self, done, report, state, tell) -> TrainState:
     found = over(report, self._precision.guard)
     memory, high = state.precision, dict(state.precision.high)
-    column = COLUMNS.index("error")
     keep = self._precision.guard_action == "keep_high"
     for name, over_X in found.items():
       already_X = np.asarray(high[name]) if keep else np.zeros_like(over_X)
       for layer in np.flatnonzero(over_X & ~already_X):
-        worst = report[name][layer, :, column].max()
+        error = worst(report[name])[layer]
         tell(
           f"step {done}: {precision.layer_name(name, int(layer))}: relative "
-          f"error {worst:.3f}, over precision.guard = {self._precision.guard:g}"
+          f"error {error:.3f}, over precision.guard = {self._precision.guard:g}"
           + ("; high precision from here on" if keep else "")
         )
       if keep:
@@ -161,6 +166,11 @@ class Watch:
 
 
 def plain(row: Mapping[str, Any]) -> dict[str, Any]:
-  """Strict JSON: what is not finite becomes null."""
-  finite = lambda v: v if not isinstance(v, float) or np.isfinite(v) else None
-  return {key: finite(value) for key, value in row.items()}
+  """Strict JSON: null is NaN, what stays high; infinity is a text."""
+
+  def strict(value):
+    if not isinstance(value, float) or np.isfinite(value):
+      return value
+    return None if np.isnan(value) else "Infinity"
+
+  return {key: strict(value) for key, value in row.items()}

@@ -9,7 +9,7 @@ import submitit  # noqa: F401
 from dsv3 import cli
 from dsv3.commands import lab
 from dsv3.config import ConfigError
-from dsv3.lab import slurm
+from dsv3.lab import process, slurm
 from dsv3.lab.process import environment
 from tests.lab import trial
 
@@ -23,7 +23,7 @@ def test_a_job_claims_its_run_and_writes_its_line(tmp_path, monkeypatch):
   run = trial.load(place).runs[3]
   words = [str(place), "--runs=runs/q"]
   (job,) = slurm.submit(
-    [slurm.command(words, run)],
+    [process.of_one(words, run)],
     tmp_path / "slurm",
     name="q",
     at_once=2,

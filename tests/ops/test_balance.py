@@ -91,6 +91,14 @@ def test_sec212_bias_of_an_overloaded_expert_falls_once_by_gamma():
   np.testing.assert_array_equal(balance.update_bias(bias_E, load_E, 0), bias_E)
 
 
+def test_a_proportional_step_is_of_how_far_the_load_is_off():
+  load_E = jnp.array([0, 2, 4, 10], jnp.int32)
+  moved = balance.update_bias(jnp.ones(4), load_E, 0.5, "proportional")
+  np.testing.assert_allclose(moved, [1.5, 1.25, 1.0, 0.25])
+  idle = balance.update_bias(jnp.ones(4), 0 * load_E, 0.5, "proportional")
+  np.testing.assert_array_equal(idle, jnp.ones(4))
+
+
 @pytest.mark.parametrize("more", [[0, 0, 0, 0], [1, 0, 0, 0], [2, 1, 1, 0]])
 @pytest.mark.parametrize("least", [0, 1, 2**24, 2**29 - 3])
 def test_bias_sign_is_exact_up_to_int32(least, more):

@@ -77,6 +77,27 @@ def test_a_tile_of_zeros_has_a_scale():
   assert not q.dequantise().any()
 
 
+def test_a_long_division_is_a_division():
+  """What accelerators multiply by: all exponents, and mantissas at their ends."""
+  rng = np.random.default_rng(0)
+  fraction = rng.integers(0, 2**23, (250, 500), np.uint32)
+  fraction[:, :4] = 0, 1, 2**23 - 2, 2**23 - 1
+  bits = fraction | np.arange(2, 252, dtype=np.uint32)[:, None] << 23
+  x = bits.view(np.float32)
+  found = np.asarray(jax.jit(fp8.long_division)(x))
+  np.testing.assert_array_equal(found.view(np.uint32), (1 / x).view(np.uint32))
+
+
+def test_no_platform_divides_by_a_scale():
+  """Compiled for another than the CPU, a quantiser has no division left."""
+  how = fp8.operand("e4m3 1x128")
+  shape = jax.ShapeDtypeStruct((4, 256), jnp.float32)
+  function = jax.jit(lambda x: fp8.quantise(x, how).values)
+  for platform in ("cuda", "tpu"):
+    lowered = jax.export.export(function, platforms=[platform])(shape)
+    assert "stablehlo.divide" not in lowered.mlir_module()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("scale", fp8.SCALES)
 @pytest.mark.parametrize("form", fp8.FORMATS)

@@ -97,6 +97,21 @@ def test_weight_gradient_is_summed_and_kept_in_float32(kernel):
   assert np.abs(dw_EIO - rounded).max() > 0
 
 
+@pytest.mark.parametrize("kernel", ["tiles", "ragged", "dense"])
+def test_what_is_not_finite_stays_with_its_expert(kernel):
+  """Rows of two experts share a tile: infinity times zero would be NaN."""
+  x_AI, w_EIO = inputs()
+  load_E = jnp.array([20, 0, 30, 17], jnp.int32)
+  x_AI = x_AI.at[20, 3].set(jnp.inf).at[19, 3].set(jnp.nan)
+  product = lambda *a: grouped_matmul(*a, load_E, kernel=kernel)
+  y_AO, pull = jax.vjp(product, x_AI, w_EIO)
+  assert np.flatnonzero(~np.isfinite(y_AO).all(1)).tolist() == [19, 20]
+  wgrad = grouped.grouped_wgrad(x_AI, y_AO, load_E, kernel=kernel)
+  for dw_EIO in (pull(jnp.ones_like(y_AO))[1], wgrad):
+    finite = np.isfinite(dw_EIO).all((1, 2)).tolist()
+    assert finite == [False, True, False, True]
+
+
 def test_auto_equals_dense_and_out_dtype_is_honoured():
   x_AI, w_EIO = inputs()
   load_E = jnp.asarray(LOADS["even"], jnp.int32)

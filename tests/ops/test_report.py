@@ -1,13 +1,11 @@
 """A report is of the matmuls that training has, and changes none of them."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3.ops import fp8, gemm, recipes, report
+from dsv3.ops import gemm, recipes, report
 from dsv3.ops.linear import Weight
 from tests.ops.test_linear import arrays, as_oracle
 from tests.oracle import fp8_linear as oracle
@@ -82,10 +80,41 @@ def test_a_report_of_experts_counts_their_rows_alone():
   assert (table[:, 0] > 0.005).all() and (table[:, 0] < 0.06).all()
 
 
-def test_an_operand_that_stays_high_has_no_loss():
+def test_blocks_of_experts_rows_are_counted_like_those_of_one_matrix():
+  """Their operand of Dgrad is gathered out of tiles that lie within an expert."""
+  x, w, dy = arrays(256, 128, 1, 128)
+  dy[:3] = 1e-7 * dy[:3]  # beside ordinary rows of a block they become 0
+  alone = found("blockwise_128", x, w, dy)[-1]
+  load_E = jnp.array([128, 128], jnp.int32)
+  grouped = found("blockwise_128", x, np.stack([w] * 2), dy, load_E=load_E)[-1]
+  column = COLUMN["a_underflow"]
+  assert float(alone[1, column]) > 2.9 / 256
+  np.testing.assert_allclose(grouped[1], alone[1], rtol=1e-4)
+
+
+def test_what_stays_high_has_no_figures():
   x, w, dy = arrays(40, 160, 1, 72)
   keep = [f"{name}=bf16" for name in ("fprop_x", "fprop_w")]
   table = found("deepseek_v3", x, w, dy, keep)[-1]
-  assert float(table[0, 0]) < 1e-6
-  assert float(table[1, 0]) > 0.01
-  assert dataclasses.astuple(fp8.operand("e4m3 1x128"))[0] == "e4m3"
+  assert np.isnan(table[0]).all()
+  assert float(table[1, 0]) > 0.01 and np.isfinite(table[1:]).all()
+  one = found("deepseek_v3", x, w, dy, keep[:1])[-1]
+  is_of_x = [name.startswith("a_") for name in report.COLUMNS]
+  assert np.isnan(one[0]).tolist() == is_of_x
+
+
+@pytest.mark.parametrize("high", [True, False])
+def test_a_linear_that_is_kept_high_has_no_figures(high):
+  x, w, dy = arrays(40, 160, 1, 72)
+  y, *_, table = found("deepseek_v3", x, w, dy, high=jnp.array(high))
+  assert np.isnan(table).all() == high != np.isfinite(table).all()
+  exact = np.einsum("mi,ipo->mpo", x, w)
+  assert np.allclose(y, exact, rtol=1e-5, atol=1e-5) == high
+
+
+def test_an_error_that_is_not_finite_is_infinite_and_not_missing():
+  x, w, dy = arrays(40, 160, 1, 72)
+  x[3, 4] = np.nan
+  table = found("deepseek_v3", x, w, dy)[-1]
+  assert table[:, 0].tolist()[::2] == [np.inf, np.inf]
+  assert np.isfinite(table[1, 0])

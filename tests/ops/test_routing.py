@@ -184,3 +184,18 @@ def test_v2_gate_softmax_over_experts_without_normalisation():
     chosen = oracle.top(limited_E, K)
     wanted_E = [16 * s if i in chosen else 0 for i, s in enumerate(s_E)]
     np.testing.assert_allclose(gate_E, wanted_E, rtol=3e-6)
+
+
+def test_a_multiplicative_bias_chooses_by_scaled_affinities():
+  """And, as an additive one, is in no gate."""
+  u_TD, centroid_ED, bias_E = weights()
+  limits = dict(n_groups=1, top_groups=1)
+  found = route(u_TD, centroid_ED, bias_E, bias_form="multiplicative", **limits)
+  s_TE = np.asarray(found.affinity_TE)
+  wanted_TK = np.argsort(-s_TE * (1 + bias_E), axis=-1, kind="stable")[:, :K]
+  np.testing.assert_array_equal(found.experts_TK, wanted_TK)
+  gate_TK = np.take_along_axis(s_TE, wanted_TK, -1)
+  gate_TK = 2.5 * gate_TK / gate_TK.sum(-1, keepdims=True)
+  np.testing.assert_allclose(found.gate_TK, gate_TK, rtol=1e-6)
+  additive = route(u_TD, centroid_ED, bias_E, **limits)
+  assert (np.asarray(additive.experts_TK) != wanted_TK).any()

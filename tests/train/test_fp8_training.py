@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from dsv3.config import ConfigError
+from dsv3.eval import fp8_map
 from dsv3.nn import precision
 from dsv3.nn.transformer import make_model, split
 from dsv3.ops import fp8
@@ -282,9 +283,29 @@ def test_reports_and_a_guard_that_keeps_the_worst_high(
   assert 1e-3 < fprop["error"] < 0.1 and "x_underflow" in fprop
   metrics = read_metrics(tmp_path)
   assert any("fp8/error_max" in line for line in metrics)
+  kept = [row for row in rows if row["step"] == 4]
+  assert all(row["error"] is None for row in kept)
   # The guard's Linears outlive the process: none is told of a second time.
   run({**diff, "train.steps": 6}, tmp_path)
   assert "relative error" not in capsys.readouterr().err
+  # Without its guard a run names those that are quantised again.
+  off = {"model.precision.guard": 0.0, "train.steps": 8}
+  run({**diff, **off}, tmp_path)
+  said = capsys.readouterr().out
+  assert "quantised again" in said and "moe.0.ffn.experts.w_down" in said
+  run({**diff, **off, "train.steps": 10}, tmp_path)
+  assert "quantised again" not in capsys.readouterr().out
+
+
+def test_delayed_scales_stay_where_a_guard_comes_and_goes(
+  corpus, tmp_path, capsys
+):
+  diff = {**corpus, **DELAYED, "train.steps": 4}
+  run(diff, tmp_path)
+  guard = {"model.precision.guard": 0.5, "model.precision.report_every": 2}
+  keep = {**guard, "model.precision.guard_action": "keep_high"}
+  run({**diff, **keep, "train.steps": 6}, tmp_path)
+  assert "anew" not in capsys.readouterr().out
 
 
 def test_a_guard_that_only_tells_tells_again(corpus, tmp_path, capsys):
@@ -298,8 +319,24 @@ def test_a_guard_that_only_tells_tells_again(corpus, tmp_path, capsys):
 
 def test_an_error_that_is_not_finite_is_over_the_guard():
   report = {"moe.w": np.zeros((2, 3, 9))}
-  report["moe.w"][1, 2, 0] = np.nan
+  report["moe.w"][1, 2, 0] = np.inf
   assert watch.over(report, 0.5)["moe.w"].tolist() == [False, True]
+  row = watch.rows_of(report)[-1]
+  assert json.dumps(watch.plain(row)).count('"error": "Infinity"') == 1
+
+
+def test_what_stays_high_is_in_no_mean_and_over_no_guard():
+  report = {"moe.w": np.full((3, 3, 9), 0.25)}
+  report["moe.w"][1] = np.nan
+  assert watch.over(report, 0.5)["moe.w"].tolist() == [False] * 3
+  assert watch.summary(report)["fp8/error_wgrad"] == 0.25
+  rows = [watch.plain(row) for row in watch.rows_of(report)]
+  assert [row["error"] for row in rows][::3] == [0.25, None, 0.25]
+  assert "fp8/error_max" not in watch.summary({"moe.w": report["moe.w"][1:2]})
+  table = fp8_map.table(watch.rows_of({"moe.w": report["moe.w"][1:2]}))
+  assert table.splitlines()[1].split() == ["w", "fprop", *"------"]
+  table = fp8_map.table(watch.rows_of(report))
+  assert table.splitlines()[1].split()[:4] == ["w", "fprop", "0.2500", "0.2500"]
 
 
 def test_a_report_is_of_the_gradients_that_training_has():
@@ -327,4 +364,5 @@ def test_a_report_is_of_the_gradients_that_training_has():
 )
 def test_what_cannot_be_is_one_line(corpus, diff, words, tmp_path):
   with pytest.raises(ConfigError, match=words):
-    run({**corpus, **diff}, tmp_path)
+    run({**corpus, **diff}, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
