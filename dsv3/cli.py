@@ -131,6 +131,33 @@ def _parser() -> argparse.ArgumentParser:
   needle.add_argument("--seed", type=_seed, default=0, help="[0]")
   needle.add_argument("--out", metavar="DIR", help="[needle in the run folder]")
 
+  launch = add("launch", "write the script of a run on many nodes", config=True)
+  launch.add_argument("engine", choices=("slurm", "gke", "tpu-vm", "local"))
+  launch.add_argument("--nodes", type=_count, required=True, metavar="N")
+  launch.add_argument(
+    "--devices",
+    type=_count,
+    metavar="N",
+    help="of a node [8; of a TPU's host 4; local 1]",
+  )
+  launch.add_argument(
+    "--workdir", metavar="DIR", help="the run folder [runs/NAME of the config]"
+  )
+  launch.add_argument(
+    "--set",
+    type=_pair,
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+    help="slurm: time, partition, account, qos, setup; gke: image, accelerator, "
+    "topology, claim, mount, restarts, port; tpu-vm: zone, type, share, mount, "
+    "version, spot, port; local: port, setup",
+  )
+  launch.add_argument("--out", metavar="FILE", help="[runs/NAME.ENGINE.sh]")
+  launch.add_argument(
+    "--submit", action="store_true", help="hand it to the engine"
+  )
+
   sweep = add("sweep", "run the arms of an experiment that have no result yet")
   _add_experiment(sweep)
   sweep.add_argument(
@@ -422,6 +449,13 @@ def _settings(text: str) -> dict[str, int | str]:
   if bad := [key for key, equals, _ in pairs if not equals]:
     raise argparse.ArgumentTypeError(f"found {bad[0]}, wanted key=value")
   return {k: int(v) if v.isdigit() else v for k, _, v in pairs}
+
+
+def _pair(text: str) -> tuple[str, str]:
+  key, equals, value = text.partition("=")
+  if not equals:
+    raise argparse.ArgumentTypeError(f"found {text}, wanted KEY=VALUE")
+  return key, value
 
 
 def _whole(text: str) -> int:

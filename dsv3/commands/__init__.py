@@ -22,6 +22,7 @@ COMMANDS = {
   "sweep": "lab:sweep",
   "compare": "lab:compare",
   "fp8-report": "fp8:report",
+  "launch": "launch:write",
   "tokenizer": "look:train_tokenizer",
 }
 
