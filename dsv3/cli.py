@@ -141,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     help="of a node [8; of a TPU's host 4; local 1]",
   )
   launch.add_argument(
+    "--chip",
+    metavar="NAME",
+    help="of dsv3 plan: a forecast, and an error for what does not fit",
+  )
+  launch.add_argument(
     "--workdir", metavar="DIR", help="the run folder [runs/NAME of the config]"
   )
   launch.add_argument(

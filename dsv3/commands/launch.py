@@ -20,6 +20,9 @@ def write(arguments: argparse.Namespace) -> int:
   words = [*program, "train", f"--config={arguments.config}"]
   words += [f"--workdir={workdir}"]
   words += [f"--config.{override}" for override in arguments.overrides]
+  mesh = launch.mesh_of(values, engine, arguments.nodes, arguments.devices)
+  if arguments.chip:
+    print(launch.forecast(values, mesh, arguments.chip))
   text = launch.script(
     engine,
     values,

@@ -5,6 +5,7 @@ gcloud for a TPU slice, or bash for processes on this machine. Templates are in
 `templates/`; what the config cannot be on so many devices is told here, not on them.
 """
 
+import functools
 import math
 import pathlib
 import re
@@ -19,6 +20,7 @@ import jinja2
 from dsv3 import config
 from dsv3.config import ConfigError
 from dsv3.parallel import sizes
+from dsv3.plan import answer
 
 REQUIRED = object()
 
@@ -110,13 +112,7 @@ def script(
   kind = ENGINES[engine]
   devices = devices or kind.devices
   given = _options(engine, kind, options)
-  mesh = sizes.resolve(values.mesh, nodes * devices)
-  if mesh.size != nodes * devices:
-    raise ConfigError(
-      f"config.mesh: found {mesh} of {mesh.size} devices, wanted all of "
-      f"{nodes} x {devices}"
-    )
-  sizes.check_run(mesh, values, nodes * devices)
+  mesh = mesh_of(values, engine, nodes, devices)
   if engine == "tpu-vm":
     _check_slice("type", given["type"], nodes * devices)
   if given.get("topology"):
@@ -153,6 +149,40 @@ def script(
   )
   environment.filters["quote"] = shlex.quote
   return environment.get_template(kind.template).render(fields)
+
+
+def mesh_of(
+  values: config.Config, engine: str, nodes: int, devices: int | None
+) -> config.Mesh:
+  """The mesh on all devices of the nodes; ConfigError for one that cannot be."""
+  devices = devices or ENGINES[engine].devices
+  mesh = sizes.resolve(values.mesh, nodes * devices)
+  if mesh.size != nodes * devices:
+    raise ConfigError(
+      f"config.mesh: found {mesh} of {mesh.size} devices, wanted all of "
+      f"{nodes} x {devices}"
+    )
+  sizes.check_run(mesh, values, nodes * devices)
+  return mesh
+
+
+def forecast(values: config.Config, mesh: config.Mesh, chip: str) -> str:
+  """What the planner expects of the run; ConfigError where it does not fit."""
+  planned = functools.partial(
+    answer.of, values, chip=chip, n_chips=mesh.size, mesh=mesh
+  )
+  found = planned(microbatches=values.train.microbatches)
+  if not found.memory.fits:
+    best = planned()
+    hint = "none fits"
+    if best.memory.fits:
+      hint = f"wanted {best.training.layout.microbatches}"
+    raise ConfigError(
+      f"config.train.microbatches: found {values.train.microbatches}, with "
+      f"which the run takes {found.memory.total / 1e9:,.0f} GB a {chip}; {hint} "
+      f"(dsv3 plan --mesh={mesh})"
+    )
+  return found.forecast()
 
 
 def submit(engine: str, path: pathlib.Path) -> int:

@@ -68,6 +68,9 @@ def train(
   trainer = _Trainer(values, pathlib.Path(workdir), given)
   try:
     return trainer.run(started)
+  except Exception as error:
+    trainer.presence.follow(error)
+    raise
   finally:
     trainer.close()
 
@@ -117,6 +120,7 @@ class _Trainer:
         f"{self.done}: so many are done in {workdir}"
       )
     changed = run.changes(workdir, values)
+    self.presence = processes.Presence(workdir)
     processes.wait_for_all("run folder read")
     self.log = self.progress = Silence()
     if first:
@@ -459,4 +463,5 @@ class _Trainer:
     self.progress.close()
     self.log.close()
     self.checkpoints.close()
+    self.presence.close()
     self.folder.close()

@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from dsv3 import cli
+from dsv3 import cli, config, overlay
 from dsv3.config import ConfigError
 from dsv3.lab import launch
 from tests import micro
@@ -87,7 +87,11 @@ def test_a_jobset_has_the_command_word_by_word(options, limit):
   [
     ("slurm", {"options": {"tine": "1"}}, "--set tine.*did you mean time"),
     ("gke", {"options": {"image": launch.REQUIRED}}, "--set image: missing"),
-    ("tpu-vm", {"options": {"type": "v5e-16"}}, "8 devices in all.*the 16 chips"),
+    (
+      "tpu-vm",
+      {"options": {"type": "v5e-16"}},
+      "8 devices in all.*the 16 chips",
+    ),
     ("tpu-vm", {"options": {"type": "v5p"}}, "wanted one such as v5p-256"),
     ("gke", {"options": {"topology": "2x2"}}, "wanted the 4 chips of 2x2"),
     ("slurm", {"mesh.data": 4}, "config.mesh: found data=4 of 4 devices"),
@@ -112,6 +116,16 @@ def test_the_command_writes_and_says_how_to_hand_in(
   monkeypatch.setenv("PATH", str(tmp_path))
   assert cli.main([*words, "--submit"]) == 2
   assert "found no sbatch" in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_fit_is_told_with_microbatches_that_do():
+  tree = overlay.load("v3_16b", ["mesh.fsdp=8", "mesh.data=1"])
+  values = config.build(tree)
+  mesh = launch.mesh_of(values, "slurm", 1, None)
+  with pytest.raises(ConfigError, match="microbatches: found 1.*wanted 288"):
+    launch.forecast(values, mesh, "h200")
+  tree = overlay.overlay(tree, {"train.microbatches": 288})
+  assert "GB a device" in launch.forecast(config.build(tree), mesh, "h200")
 
 
 STAND_IN = """if True:

@@ -111,6 +111,34 @@ def test_sigterm_to_one_saves_on_all(corpus, tmp_path):
   assert saved and saved[-1] == lines(tmp_path / "run")[-1]["step"]
 
 
+@pytest.mark.slow
+def test_a_killed_process_is_named_and_the_next_start_goes_on(corpus, tmp_path):
+  """Of four, with the bound that `processes.HEARTBEAT_SECONDS` states."""
+  diff = {**corpus, "mesh.data": 4, "mesh.expert": 2, "train.steps": 100_000}
+  diff |= {"schedule.batch_size": 8, "schedule.batch_size_start": 8}
+  config = micro.write_config(tmp_path / "c.py", diff)
+  workdir = tmp_path / "run"
+  started = start(config, workdir, 4)
+  saved = lambda: Checkpoints(workdir / "checkpoints", read_only=True).steps
+  deadline = time.monotonic() + 300
+  while not (workdir / "checkpoints").is_dir() or not saved():
+    assert time.monotonic() < deadline
+    time.sleep(0.2)
+  started[2].kill()
+  killed = time.monotonic()
+  texts = finish(started)
+  assert time.monotonic() - killed < processes.HEARTBEAT_SECONDS + 15
+  assert all(process.returncode for process in started)
+  told = f"process 2 ({socket.gethostname()}, pid {started[2].pid})"
+  assert any(told in text for text in texts), texts
+  before = saved()[-1]
+  again = start(config, workdir, 4, f"--config.train.steps={before + 2}")
+  texts = finish(again)
+  assert [process.returncode for process in again] == [0] * 4, texts
+  assert f"goes on after step {before}" in texts[0]
+  assert [x["step"] for x in lines(workdir)] == list(range(1, before + 3))
+
+
 @pytest.mark.parametrize(
   "given, words",
   [
