@@ -76,6 +76,9 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def _answer(asked, found, out: pathlib.Path, *, relative: bool) -> None:
   """The tables, and the same as files."""
+  if asked.answer:
+    lines = comparing.whole(comparing.of_arms(asked)[0])
+    found[0].notes.extend(asked.answer(lines, out))
   print(table.plain(found), end="\n\n")
   if importlib.util.find_spec("matplotlib"):
     _write(asked, found, out, relative=relative)

@@ -3,7 +3,9 @@
 README.md        question, what the paper reports, method, table, verdict
 sweep.py         BASE, a config, and `runs()`, names and diffs of it; as it
                  likes BASELINE (an arm; the first), METRICS (those of `compare`;
-                 loss) and SEEDS (three)
+                 loss) and SEEDS (three); measure(workdir), more numbers of a run
+                 that has ended; and answer(lines, folder), notes on the table
+                 from the lines of each arm, and pictures of its own
 results.jsonl    a line a run, see `dsv3.lab.results`
 
 A run is known by what it computes: the seed, and where its config departs from
@@ -17,7 +19,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dsv3 import config, overlay
@@ -60,6 +62,7 @@ class Experiment:
   runs: tuple[Run, ...]
   baseline: str  # the arm that the others are compared with
   metrics: tuple[str, ...]  # that they are compared in
+  answer: Callable | None = None
 
   @property
   def name(self) -> str:
@@ -111,7 +114,8 @@ def load(
   if baseline not in {run.name for run in runs}:
     raise ConfigError(f"{path}: BASELINE: found {baseline!r}, wanted an arm")
   metrics = tuple(getattr(module, "METRICS", ["loss"]))
-  return Experiment(folder, base, runs, baseline, metrics)
+  answer = getattr(module, "answer", None)
+  return Experiment(folder, base, runs, baseline, metrics, answer)
 
 
 def _listed(found: Any, seeds: Sequence[int]) -> sweep.Sweep:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from dsv3.config import ConfigError
-from dsv3.lab import experiment, results, summary
+from dsv3.lab import experiment, measure, results, summary
 from dsv3.lab.experiment import Experiment, Run
 from dsv3.train import run as run_folder
 
@@ -86,19 +86,28 @@ class Process:
     self._started = time.monotonic()
     self._log = open(self.workdir / "log.txt", "ab")
     self._from = self._log.tell()
-    self._process = subprocess.Popen(
-      command(sweep, run, self.workdir),
+    self._share = share
+    self._next = measure.command(sweep.folder, self.workdir)
+    self._process = self._begin(command(sweep, run, self.workdir))
+
+  def _begin(self, words: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+      words,
       stdin=subprocess.DEVNULL,
       stdout=self._log,
       stderr=subprocess.STDOUT,
-      env=environment(share),
-      pass_fds=[held.fileno()],
+      env=environment(self._share),
+      pass_fds=[self._claim.fileno()],
       start_new_session=True,  # Ctrl-C comes once, from the launcher
     )
 
   @property
   def is_over(self) -> bool:
-    return self._process.poll() is not None
+    code = self._process.poll()
+    if code == 0 and self._next and not self._asked:
+      self._process, self._next = self._begin(self._next), None
+      return False
+    return code is not None
 
   def ask_to_stop(self, times: int) -> None:
     """SIGTERM, which saves; when asked again SIGINT, which does not wait."""
@@ -110,7 +119,7 @@ class Process:
     """Writes down how it ended; None where it was stopped and can go on."""
     code = self._process.wait()
     try:
-      if _stopped_by(code):
+      if _stopped_by(code) or (code == 0 and self._next):
         return None
       line = self._line(code)
       results.append(self.sweep.results, line)

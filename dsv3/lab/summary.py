@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsv3 import config
+from dsv3.lab import measure
 from dsv3.lab.experiment import Run
 from dsv3.plan import count
 from dsv3.train.logs import read_metrics
@@ -21,7 +22,8 @@ POINTS = 1000
 def of_run(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   """What a run that has ended was, cost and reached.
 
-  `final` are scores on `final_eval_batches` of held-out text at the last step,
+  `final` are scores on `final_eval_batches` of held-out text at the last step and
+  what the experiment's `measure` has found,
   `best` those of the evaluation with the least loss on `eval_batches`, `train`
   the numbers of the last logged step.
   """
@@ -32,7 +34,7 @@ def of_run(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   return {
     **_cost(run, last),
     "tokens_per_second": _median(steps, "tokens_per_second"),
-    "final": final[-1] if final else {},
+    "final": {**(final[-1] if final else {}), **measure.read(workdir)},
     "best": _best(scores),
     "train": {k: _short(v) for k, v in last.items() if _is_number(v)},
     **_origin(workdir),

@@ -59,6 +59,34 @@ def test_each_run_is_trained_once_and_has_a_line(place, monkeypatch, capsys):
   assert board.count("done") == 4 and counts(place) == wanted
 
 
+MEASURE = """
+def measure(workdir):
+  import pathlib
+  if "b-s1" in str(workdir):
+    raise RuntimeError("no such thing")
+  return {"length": len(pathlib.Path(workdir, "metrics.jsonl").read_text())}
+
+def answer(lines, folder):
+  (folder / "own.txt").write_text(" ".join(lines))
+  return [f"{len(lines['a'])} lengths: {lines['a'][0]['final']['length']}"]
+"""
+
+
+def test_an_experiment_measures_and_answers_more(place, monkeypatch, capsys):
+  monkeypatch.setattr(process, "command", trial.command("train"))
+  trial.write(place.parents[1], trial.SWEEP + MEASURE)
+  _, board = launch(place, jobs=2)
+  assert (board.count("done"), board.count("failed")) == (3, 1)
+  found = {(x["name"], x["seed"]): x for x in trial.lines(place)}
+  assert found["a", 0]["final"]["length"] > 100
+  assert found["a", 0]["final"]["loss"] == 4.4
+  assert "no such thing (exit 1)" in found["b", 1]["error"]
+  capsys.readouterr()
+  assert cli.main(["compare", str(place)]) == 0
+  assert "2 lengths: " in capsys.readouterr().out
+  assert (place / "own.txt").read_text() == "a b"
+
+
 @pytest.mark.parametrize(
   "behaviour, error",
   [("fail", "no luck (exit 1)"), ("die", "killed by SIGKILL: out of memory?")],
