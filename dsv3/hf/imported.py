@@ -148,7 +148,8 @@ def check_fits(model: config.Model, other: config.Model, where: str) -> None:
     dataclasses.asdict(other), dataclasses.asdict(model)
   )
   for key, (a, b) in pairs.items():
-    if key not in _FREE or model.moe.has_bias != other.moe.has_bias:
+    free = key in _FREE or key.startswith("precision.")
+    if not free or model.moe.has_bias != other.moe.has_bias:
       raise ConfigError(
         f"config.model.{key}: found {b!r}, wanted {a!r}, that of the weights "
         f"in {where}"

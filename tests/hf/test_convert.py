@@ -437,7 +437,14 @@ def test_a_run_begins_with_the_weights_of_another(folder, tmp_path, capsys):
   line = refusal([*wrong, order], capsys)
   assert "mtp.concat: found 'hidden_embedding', wanted 'embed" in line
   line = refusal([*wrong, "--config.train.start_from=nowhere"], capsys)
-  assert "config.train.start_from: --workdir=nowhere: found no run" in line
+  assert "config.train.start_from: nowhere: found no run" in line
+
+
+def test_weights_of_any_recipe_go_on_under_any_other():
+  of = lambda recipe: micro.config_of({"model.precision.recipe": recipe}).model
+  imported.check_fits(of("deepseek_v3"), of("bf16"), "runs/a")
+  with pytest.raises(ConfigError, match="model.dim: found 64, wanted 32"):
+    imported.check_fits(micro.config_of({"model.dim": 64}).model, of("bf16"), "")
 
 
 def rewrite(folder, name, change):
