@@ -444,7 +444,9 @@ def test_weights_of_any_recipe_go_on_under_any_other():
   of = lambda recipe: micro.config_of({"model.precision.recipe": recipe}).model
   imported.check_fits(of("deepseek_v3"), of("bf16"), "runs/a")
   with pytest.raises(ConfigError, match="model.dim: found 64, wanted 32"):
-    imported.check_fits(micro.config_of({"model.dim": 64}).model, of("bf16"), "")
+    imported.check_fits(
+      micro.config_of({"model.dim": 64}).model, of("bf16"), ""
+    )
 
 
 def rewrite(folder, name, change):
