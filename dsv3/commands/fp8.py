@@ -67,7 +67,7 @@ def report(arguments: argparse.Namespace) -> None:
 def _with_recipe(values: Config, name: str | None) -> Config:
   """The run's config, with a recipe to look at."""
   p = values.model.precision
-  if name is None and p.recipe != "bf16":
+  if name is None and gemm_of(values.model).recipe is not None:
     return values
   name = name or "deepseek_v3"
   p = dataclasses.replace(p, recipe=name, changes=(), guard=0.0)

@@ -14,9 +14,13 @@ def replay(arguments: argparse.Namespace) -> None:
   """A table beside the run's own numbers, and all of them as JSON lines."""
   use_compilation_cache()
   workdir = pathlib.Path(arguments.workdir)
-  tree = run.as_tree(run.stored_config(workdir))
+  tree = run.as_tree(run.config_at(workdir, arguments.first))
   diff = overlay.parse(tree, arguments.diff or ())
   found = replays.replay(workdir, arguments.first, arguments.steps, diff)
+  if tree.model.precision.guard_action == "keep_high":
+    print(
+      "precision.guard looks at no step of a replay: Linears stay as they are"
+    )
   print(f"{workdir} after step {arguments.first}, with {diff or 'no change'}:")
   rows = replays.beside(workdir, list(found))
   print(replays.table(rows))

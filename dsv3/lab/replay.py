@@ -79,7 +79,7 @@ def _values(workdir, first, diff) -> config.Config:
       f"replay: config.{of_data[0]}: decides which rows a step reads; wanted a "
       "knob under which the batches are the same"
     )
-  tree = run.as_tree(run.stored_config(workdir))
+  tree = run.as_tree(run.config_at(workdir, first))
   # The schedule is in shares of the length that the run had then.
   length, _ = run.position_of(pathlib.Path(workdir), first + 1)
   return config.build(overlay.overlay(tree, {"train.steps": length, **diff}))

@@ -69,12 +69,16 @@ def recipe_of(model: config.Model) -> Recipe | None:
 
 
 def first_memory(params: nnx.State, model: config.Model) -> Memory:
-  """The memory before the first step."""
+  """The memory before the first step.
+
+  A guard's Linears are remembered whatever the recipe, also where none is
+  quantised: the run may go back.
+  """
   recipe = recipe_of(model)
   history, high = {}, {}
-  for name, w in linears(params).items() if recipe else ():
+  for name, w in linears(params).items():
     n_layers = len(w.get_value())
-    if recipe.scaling == "delayed":
+    if recipe and recipe.scaling == "delayed":
       history[name] = jnp.zeros((n_layers, 3, recipe.history), jnp.float32)
     if model.precision.guard and model.precision.guard_action == "keep_high":
       high[name] = jnp.zeros(n_layers, bool)

@@ -156,9 +156,13 @@ class Operands(NamedTuple):
     _, low, places = self.in_tiles(x, how, place, load_E)
     if places is None:
       return low
-    if how.tile[0] > 1:
-      return aligned.gather(low.dequantise(), places)
-    return dataclasses.replace(low, values=aligned.gather(low.values, places))
+    values = aligned.gather(low.values, places)
+    if how.tile[0] == 0:
+      return dataclasses.replace(low, values=values)
+    # Rows of a block part: each has the scale of its block.
+    scale_Z = jnp.repeat(low.scale, low.tile[0], axis=0)
+    scale = aligned.gather(scale_Z, places)
+    return Quantised(values, scale, (1, *low.tile[1:]))
 
   def in_tiles(self, x, how, place, load_E):
     """x laid out as its tiles need it, the operand, and where rows now are.
@@ -180,7 +184,9 @@ class Operands(NamedTuple):
     if how is not None:
       if how == self.passes.fprop_x and not self.passes.swiglu:
         return (x_low,)
-      return self._quantise(x, how, X), *inputs[1:]
+      if self.passes.swiglu:  # what is remembered is the amax of its output
+        return quantise(x, how, panels=x.ndim - 2), *inputs[1:]
+      return (self._quantise(x, how, X),)
     if self.passes.swiglu:
       return inputs
     x = self.lay_out(x, load_E)
@@ -195,13 +201,16 @@ class Operands(NamedTuple):
     return x, self._along_rows(g, self.passes.wgrad_g, G), load_E
 
   def wgrad_sources(self, kept, dy_MPO, load_E):
-    """What the operands of Wgrad are made of, laid out as they are."""
+    """What the operands of Wgrad are made of, laid out as they are.
+
+    An x that was quantised along the rows when it was kept is the operand itself.
+    """
     p, x = self.passes, kept[0]
     g = self.lay_out(dy_MPO, load_E)
     if p.swiglu:
       x = swiglu(high(x), *kept[1:])
     elif isinstance(x, Quantised) and p.kept in (None, p.wgrad_x):
-      return x, g  # it is the operand
+      return x, g
     return self.lay_out(high(x), load_E), g
 
   def _along_rows(self, x, how, place) -> Matrix:

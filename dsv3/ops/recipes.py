@@ -17,7 +17,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 
-from dsv3.ops import limited
+from dsv3.ops import aligned, limited
 from dsv3.ops.fp8 import Operand, operand
 
 
@@ -52,6 +52,9 @@ class Recipe:
     return any(isinstance(v, Operand) for v in vars(self).values())
 
 
+_OF_ROWS = (
+  "fprop_x dgrad_g wgrad_x wgrad_g kept_x dispatch_x dispatch_g".split()
+)
 _CHOICES = {
   "accumulation": ("float32", "hopper", "promoted"),
   "scaling": ("online", "delayed"),
@@ -172,6 +175,7 @@ def _read(field: str, value: str, where: str):
 
 
 def _check(found: Recipe) -> None:
+  _check_rows(found)
   _check_moves(found)
   reasons = {
     ("scaling", "delayed"): "for the history holds one amax a tensor",
@@ -188,6 +192,17 @@ def _check(found: Recipe) -> None:
         )
 
 
+def _check_rows(found: Recipe) -> None:
+  """An expert's rows are filled up to blocks, of which tiles are whole parts."""
+  for name in _OF_ROWS:
+    how = getattr(found, name)
+    if how and how.tile[0] and aligned.BLOCK % how.tile[0]:
+      raise ValueError(
+        f"precision.changes: {name}={how}: wanted rows that divide "
+        f"{aligned.BLOCK}, or *: a tile would have rows of two experts"
+      )
+
+
 def _check_moves(found: Recipe) -> None:
   """Promoted sums move between tiles, never inside one (Sec. 3.3.2)."""
   if found.accumulation != "promoted":
@@ -196,7 +211,9 @@ def _check_moves(found: Recipe) -> None:
   for name, *tiles in (
     ("fprop", along(f.fprop_x, 1), along(f.fprop_w, 0)),
     ("fprop of attention", along(f.attention_x, 1), along(f.fprop_w, 0)),
+    ("fprop of experts", along(f.dispatch_x, 1), along(f.fprop_w, 0)),
     ("dgrad", along(f.dgrad_g, 1), along(f.dgrad_w, 1)),
+    ("dgrad of experts", along(f.dispatch_g, 1), along(f.dgrad_w, 1)),
     ("wgrad", along(f.wgrad_x, 0), along(f.wgrad_g, 0)),
   ):
     if not limited.moves(*tiles):

@@ -54,6 +54,8 @@ def _backward(passes, saved, dy_MPO):
   source = high(g_low) if passes.sent else dy_MPO
   x_along, g_along, load_along = operands.wgrad(kept, source, load_E)
   x_source, g_source = operands.wgrad_sources(kept, source, load_E)
+  if x_source is x_along:  # it was made of x when x came in
+    x_source = x if p.kept else operands.lay_out(x, load_E)
 
   as_high = lambda a: a.astype(passes.dtype)
   x_high, w_high, g_high = map(as_high, (x, w, dy_MPO))

@@ -5,6 +5,8 @@ import math
 
 from dsv3 import config
 from dsv3.config import INNER_FIRST, ConfigError, Mesh
+from dsv3.ops import recipes
+from dsv3.ops.fp8 import Operand
 
 
 def resolve(
@@ -104,18 +106,22 @@ def check_run(mesh: Mesh, values: config.Config, devices: int) -> None:
 
 def _check_precision(mesh: Mesh, precision: config.Precision) -> None:
   """Recipes that ask for the largest value of a whole tensor see a part of it."""
-  if precision.recipe in ("per_tensor", "delayed"):
+  recipe = recipes.recipe(precision.recipe, precision.changes)
+  if not recipe.quantises:
+    return
+  operands = [how for how in vars(recipe).values() if isinstance(how, Operand)]
+  if recipe.scaling == "delayed" or any(0 in how.tile for how in operands):
     raise ConfigError(
       f"config.model.precision.recipe: found {precision.recipe} with config.mesh "
-      f"= {mesh}, wanted a recipe of tiles: a scale of a whole tensor would "
-      "be of the part on a device"
+      f"= {mesh}, wanted tiles: a scale of a whole tensor or of all its rows "
+      "would be of the part on a device"
     )
-  if precision.recipe != "bf16" and mesh.tensor > 1:
+  if mesh.tensor > 1:
     raise ConfigError(
       f"config.mesh.tensor: found {mesh.tensor}, wanted 1 with "
       f"model.precision.recipe = {precision.recipe}: tiles are not cut"
     )
-  if precision.recipe != "bf16" and precision.report_every:
+  if precision.report_every:
     raise ConfigError(
       f"config.model.precision.report_every: found {precision.report_every} "
       f"with config.mesh = {mesh}, wanted 0: reports are of one device"

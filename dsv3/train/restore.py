@@ -79,6 +79,11 @@ def restore(
   else:
     known = ", ".join(map(str, [0, *steps] if has_import else steps))
     raise ConfigError(f"--step={step}: no such checkpoint; there are {known}")
+  if (then := run.config_at(workdir, step)) != values:  # another recipe
+    values = then
+    graphdef = jax.eval_shape(
+      lambda: state.split(state.make_model(values.model, jax.random.key(0)))[0]
+    )
   return Trained(
     values, step, graphdef, found[weights], found.get("router", router), meta
   )

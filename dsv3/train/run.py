@@ -80,6 +80,26 @@ def stored_config(workdir: str | pathlib.Path) -> config.Config:
     raise ConfigError(f"{path}: damaged: {error}") from error
 
 
+def config_at(workdir: str | pathlib.Path, step: int) -> config.Config:
+  """The config under which a run made step `step` + 1, or would have.
+
+  What later starts have changed is undone.
+  """
+  tree = as_tree(stored_config(workdir))
+  for start in reversed(_starts(workdir)):
+    if start["done"] > step:
+      before = {key: old for key, (old, _) in start["changed"].items()}
+      overlay.overlay(tree, before)
+  return config.build(tree)
+
+
+def _starts(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of starts.jsonl; none of weights that were imported."""
+  path = pathlib.Path(workdir) / "starts.jsonl"
+  text = path.read_text() if path.exists() else ""
+  return [json.loads(line) for line in text.splitlines()]
+
+
 def as_tree(values: config.Config) -> ConfigDict:
   """The config as a locked ConfigDict, which overrides can be laid over."""
   return ConfigDict(dataclasses.asdict(values)).lock()
@@ -162,8 +182,7 @@ def record_start(
 
 def position_of(workdir: pathlib.Path, step: int) -> tuple[int, Position]:
   """`train.steps` and the start that held when step `step` was made."""
-  lines = (pathlib.Path(workdir) / "starts.jsonl").read_text().splitlines()
-  starts = [json.loads(line) for line in lines]
+  starts = _starts(workdir)
   held = [s for s in starts if s["done"] < step] or starts[:1]
   start = held[-1]
   return start["steps"], Position(start["done"], start["sequences_ahead"])

@@ -51,12 +51,13 @@ def test_sec332_promoted_linear_is_the_exact_one_to_14_bits(name, size):
     assert not np.array_equal(a, b)
 
 
-def test_sec332_promoted_experts_are_the_exact_ones_to_14_bits():
+@pytest.mark.parametrize("name", ["deepseek_v3", "blockwise_128"])
+def test_sec332_promoted_experts_are_the_exact_ones_to_14_bits(name):
   x, w, dy = arrays(320, 160, 1, 72)
   w, load_E = np.stack([w, 2 * w, 3 * w]), jnp.array([130, 0, 100], jnp.int32)
 
   def outcome(changes):
-    recipe = recipes.recipe("deepseek_v3", changes)
+    recipe = recipes.recipe(name, changes)
     dot = gemm.make(recipe, "float32").grouped_dot
     return run(lambda x, w: dot(x, w, load_E), x, w, dy)
 

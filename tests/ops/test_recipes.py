@@ -79,6 +79,13 @@ def test_a_recipe_is_a_few_changes_of_another():
     ("bf16", ["rounding=up"], "found 'up', wanted one of nearest, stochastic"),
     ("delayed", ["history=0"], "found '0', wanted steps"),
     ("deepseek_v3", ["scaling=delayed"], "wanted tiles of"),
+    ("deepseek_v3", ["wgrad_x=e4m3 96x1"], "would have rows of two experts"),
+    ("deepseek_v3", ["dgrad_g=e4m3 256x128"], "would have rows of two experts"),
+    (
+      "deepseek_v3",
+      ["accumulation=promoted", "dispatch_x=e4m3 1x16"],
+      "along the sums of fprop of experts",
+    ),
     ("deepseek_v3", ["accumulation=hopper"], "wanted tiles of"),
   ],
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3.ops import gemm, recipes, report
+from dsv3.ops import fp8, gemm, recipes, report
 from dsv3.ops.linear import Weight
 from tests.ops.test_linear import arrays, as_oracle
 from tests.oracle import fp8_linear as oracle
@@ -90,6 +90,19 @@ def test_blocks_of_experts_rows_are_counted_like_those_of_one_matrix():
   column = COLUMN["a_underflow"]
   assert float(alone[1, column]) > 2.9 / 256
   np.testing.assert_allclose(grouped[1], alone[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [(), ("kept_x=e4m3 32x1 e8m0",)], ids=str)
+def test_what_is_quantised_as_it_is_kept_is_counted(changes):
+  x, w, dy = arrays(128, 128, 1, 128)
+  x = x * np.exp(4 * np.random.default_rng(0).normal(size=(128, 1)))
+  x = x.astype(np.float32)
+  table = found("mxfp8", x, w, dy, changes)[-1]
+  low = fp8.quantise(x, fp8.operand("e4m3 32x1 e8m0"))
+  lost = np.mean(np.asarray(low.values, np.float32) == 0)
+  assert lost > 0.1
+  row = table[report.PASSES.index("wgrad")]
+  assert float(row[COLUMN["a_underflow"]]) == pytest.approx(lost, abs=0.01)
 
 
 def test_what_stays_high_has_no_figures():

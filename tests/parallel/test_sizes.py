@@ -39,6 +39,14 @@ from tests import micro
       ("config.model.precision.recipe", "delayed", "data=2"),
     ),
     (
+      {"mesh.data": 2, "model.precision.changes": ("fprop_x=e4m3 *x*",)},
+      ("config.model.precision.recipe", "wanted tiles", "data=2"),
+    ),
+    (
+      {"mesh.tensor": 2, "model.precision.changes": ("fprop_x=e4m3 1x128",)},
+      ("config.mesh.tensor", "tiles are not cut"),
+    ),
+    (
       {"mesh.tensor": 2, "model.precision.recipe": "deepseek_v3"},
       ("config.mesh.tensor", "deepseek_v3"),
     ),

@@ -15,7 +15,9 @@ from dsv3.nn.transformer import make_model, split
 from dsv3.ops import fp8
 from dsv3.ops import losses as losses_of
 from dsv3.train import loop, schedule, step, watch
+from dsv3.train import run as run_folder
 from dsv3.train.logs import read_metrics
+from dsv3.train.restore import restore
 from tests import micro
 from tests.train import steps
 
@@ -213,6 +215,8 @@ def test_patterns_and_the_guard_both_keep_linears_high():
   memory = precision.first_memory(params, model)
   caught = "moe.attention.w_dkv"
   high = {**memory.high, caught: jnp.ones_like(memory.high[caught])}
+  plain = steps.prepared({**guarded, RECIPE: "bf16"}).values.model
+  assert precision.first_memory(params, plain).high.keys() == high.keys()
   found = precision.prepare(params, model, memory._replace(high=high))
   kept = {name for name, weight in found.items() if bool(weight.high.all())}
   assert kept == {caught, "dense.attention.w_o", "moe.attention.w_o"}
@@ -245,6 +249,8 @@ def test_delayed_scales_are_in_the_checkpoint(corpus, tmp_path):
 def test_a_run_goes_on_with_another_recipe_and_says_so(
   corpus, tmp_path, capsys
 ):
+  more = {"train.checkpoint_every": 2, "train.checkpoints_kept": 5}
+  corpus = {**corpus, **more}
   run({**corpus, "train.steps": 4}, tmp_path)
   capsys.readouterr()
   outcome = run({**corpus, **DELAYED}, tmp_path)
@@ -254,6 +260,14 @@ def test_a_run_goes_on_with_another_recipe_and_says_so(
   assert "start anew" in said.out
   run({**corpus, RECIPE: "bf16", "train.steps": 10}, tmp_path)
   assert "delayed -> bf16" in capsys.readouterr().err
+  # A look back is at what the run was then.
+  then = lambda step: (
+    run_folder.config_at(tmp_path, step).model.precision.recipe
+  )
+  wanted = {3: "deepseek_v3", 4: "delayed", 7: "delayed", 8: "bf16"}
+  assert {step: then(step) for step in wanted} == wanted
+  assert restore(tmp_path, 2).values.model.precision.recipe == "deepseek_v3"
+  assert restore(tmp_path).values.model.precision.recipe == "bf16"
   with pytest.raises(ConfigError, match="model.dim"):
     run({**corpus, "model.dim": 64}, tmp_path)
 
