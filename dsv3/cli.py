@@ -280,6 +280,18 @@ def _parser() -> argparse.ArgumentParser:
     "--frozen", metavar="FILE.npz", help="also the loss with these choices"
   )
   routing.add_argument(
+    "--devices",
+    type=_count,
+    metavar="N",
+    help="that serve: which experts to copy, and where they lie (EPLB)",
+  )
+  routing.add_argument(
+    "--slots", type=_count, metavar="N", help="for experts on all of them"
+  )
+  routing.add_argument(
+    "--nodes", type=_count, default=1, metavar="N", help="of the devices [1]"
+  )
+  routing.add_argument(
     "--out", metavar="DIR", help="[routing in the run folder]"
   )
 

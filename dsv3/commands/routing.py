@@ -11,6 +11,7 @@ from dsv3.config import ConfigError
 from dsv3.data import batches
 from dsv3.eval import heatmap
 from dsv3.lab import routing
+from dsv3.parallel import eplb
 from dsv3.train.restore import Trained, restore
 
 
@@ -25,6 +26,8 @@ def look(arguments: argparse.Namespace) -> None:
   print(routing.table(trace, domains))
   if arguments.frozen:
     _compare(trained, tokens_BL, trace, arguments.frozen)
+  if arguments.devices:
+    _place(trained, trace, arguments)
   out = pathlib.Path(arguments.out or f"{arguments.workdir}/routing")
   out.mkdir(parents=True, exist_ok=True)
   name = f"step_{trained.step}"
@@ -45,6 +48,26 @@ def _compare(
     f"choices of {path}: loss {frozen:.4f}, with its own {free:.4f} nats a token;"
     f" in common, by layer: {shares}"
   )
+
+
+def _place(trained: Trained, trace: routing.Trace, arguments) -> None:
+  """Copies of busy experts for a unit that serves this text."""
+  moe, devices = trained.values.model.moe, arguments.devices
+  load_XE = routing.relative_load(trace)
+  slots = arguments.slots or -(-(moe.n_routed + devices) // devices) * devices
+  unit = dict(devices=devices, nodes=arguments.nodes, groups=moe.n_groups)
+  try:
+    found = eplb.place(load_XE, slots=slots, **unit)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+  print(f"{slots} slots on {devices} devices, the busiest over the mean:")
+  for layer, (row, over) in enumerate(
+    zip(found.expert_XS.tolist(), found.imbalance(load_XE))
+  ):
+    size = slots // devices
+    places = [row[i : i + size] for i in range(0, slots, size)]
+    lying = " | ".join(" ".join(map(str, experts)) for experts in places)
+    print(f"  layer {layer}: {over:.2f}; experts {lying}")
 
 
 def _text(trained: Trained, arguments):

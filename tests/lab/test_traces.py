@@ -107,5 +107,12 @@ def test_routing_of_a_run_by_domain(tmp_path, capsys):
   capsys.readouterr()
   assert cli.main([*words[:-2], frozen]) == 0
   assert "with its own" in capsys.readouterr().out
+  unit = ["--devices=2", "--slots=6"]
+  assert cli.main(["routing", f"--workdir={run}", *unit]) == 0
+  said = capsys.readouterr().out
+  assert "6 slots on 2 devices" in said and said.count("experts ") >= 2
+  unit[1] = "--slots=2"
+  assert cli.main(["routing", f"--workdir={run}", *unit]) == 2
+  assert "slots: found 2, wanted 4 or more" in capsys.readouterr().err
   assert cli.main(["routing", f"--workdir={run}", "--domains", "x"]) == 2
   assert "wanted NAME=FILE" in capsys.readouterr().err
