@@ -363,6 +363,12 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     "--search", action="store_true", help="recomputation too, and the ranking"
   )
   command.add_argument(
+    "--lower",
+    metavar="TARGET",
+    help="compile the step for devices that are not there: cpu:8, h200:1x8, "
+    "v5p:4x4x8; memory, collectives, surprises",
+  )
+  command.add_argument(
     "--tokens", type=_amount, metavar="N", help="the budget [train.tokens]"
   )
   command.add_argument(

@@ -29,24 +29,9 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from dsv3.ops import gemm, hopper, hopper_kernel, hopper_products, recipes
+from dsv3.plan.h200 import TARGET
 
 # An H200 as its driver describes it to XLA.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
-  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000
-  l2_cache_size: 62914560 clock_rate_ghz: 1.98 device_memory_size: 150754820096
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 20 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H200"
-"""
 T, D, F, E = 4096, 7168, 2048, 64  # tokens; v3_671b's width and expert; experts
 A = T * 8 + E * 128  # 8 experts a token, every expert's rows padded
 BLOCK = 128
@@ -91,7 +76,7 @@ def products() -> dict:
 def compiled(function, arguments):
   """The program of an H200 for arrays of these shapes."""
   topology = topologies.get_topology_desc(
-    platform="cuda", target_config=H200, topology="1x1x1"
+    platform="cuda", target_config=TARGET, topology="1x1x1"
   )
   sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
   there = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -10,8 +10,10 @@ from dsv3.plan import answer, report, serve
 from dsv3.plan.unit import Unit
 
 
-def plan(arguments: argparse.Namespace) -> None:
+def plan(arguments: argparse.Namespace) -> int | None:
   """Prints what a config costs on the chips that are named."""
+  if arguments.lower:
+    return _lower(arguments)
   found = answer.of(
     _values(arguments),
     chip=arguments.chip,
@@ -41,6 +43,28 @@ def plan(arguments: argparse.Namespace) -> None:
     print(report.text(found, search=arguments.search))
   else:
     print(arguments.html)
+
+
+def _lower(arguments: argparse.Namespace) -> int:
+  """Compiles the step for devices that are not there; 1 for a surprise."""
+  from dsv3.plan import lower
+
+  lower.prepare(arguments.lower)
+  tree = overlay.load(arguments.config, arguments.overrides)
+  given = [
+    part.split("=") for part in (arguments.mesh or "").split(",") if part
+  ]
+  diff = {f"mesh.{axis}": int(size) for axis, size in given}
+  if given:
+    diff = {"mesh.data": 1} | diff
+  if arguments.microbatches:
+    diff["train.microbatches"] = arguments.microbatches
+  if arguments.seq:
+    diff["data.seq_len"] = arguments.seq
+  values = config.build(overlay.overlay(tree, diff))
+  found = lower.lower(values, arguments.lower)
+  print(found.text())
+  return 1 if found.surprises else 0
 
 
 def _values(arguments: argparse.Namespace) -> config.Config:

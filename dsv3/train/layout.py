@@ -1,6 +1,7 @@
 """Where the state and the batches of a run lie: its mesh, applied."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,15 +93,30 @@ class Layout:
     return jax.tree.map(one, batch, self.of_batch())
 
 
+def batch_like(values: config.Config, size: int) -> Batch:
+  """Shapes of a batch of `size` sequences."""
+  length = values.data.seq_len
+  of = lambda *dims: jax.ShapeDtypeStruct((size, *dims, length), "int32")
+  return Batch(of(), of(1 + values.model.mtp.depth), of())
+
+
+def of_devices(
+  values: config.Config, devices: Sequence[jax.Device] | None = None
+) -> Layout:
+  """The Layout on some devices, there or not; None: those that there are."""
+  n_devices = jax.device_count() if devices is None else len(devices)
+  found = sizes.resolve(values.mesh, n_devices)
+  sizes.check_run(found, values, n_devices)
+  made = mesh.make(found, devices)
+  return Layout(found, made, placement.make(found, made))
+
+
 def of_run(values: config.Config) -> Layout:
   """The Layout of a run; ConfigError, with the field, where none can be."""
-  devices = jax.device_count()
-  found = sizes.resolve(values.mesh, devices)
-  sizes.check_run(found, values, devices)
+  found = of_devices(values)
   if jax.process_count() > 1:
-    _check_processes(found, values, devices)
-  made = mesh.make(found)
-  return Layout(found, made, placement.make(found, made))
+    _check_processes(found.sizes, values, jax.device_count())
+  return found
 
 
 def _check_processes(
@@ -121,9 +137,7 @@ def describe(values: config.Config, where: Layout) -> str:
   """Every array of the state and the batch: its spec, its bytes on a device."""
   adam = optimizer.make(values.optimizer)
   like = jax.eval_shape(lambda: create(values, adam))[1]
-  length, size = values.data.seq_len, values.schedule.batch_size
-  of = lambda *dims: jax.ShapeDtypeStruct((size, *dims, length), "int32")
-  batch = Batch(of(), of(1 + values.model.mtp.depth), of())
+  batch = batch_like(values, values.schedule.batch_size)
   rows = [
     *shardings.rows(like, where.of_state(like)),
     *shardings.rows(batch, where.of_batch()),

@@ -25,14 +25,13 @@ from dsv3.hf import imported
 from dsv3.nn import precision
 from dsv3.parallel import processes
 from dsv3.plan import chips, count, here
-from dsv3.train import feed, identity, layout, optimizer, run, schedule, state
+from dsv3.train import feed, identity, layout, program, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
 from dsv3.train.clock import Clock
 from dsv3.train.ema import HostEma
 from dsv3.train.interrupt import Interrupts
 from dsv3.train.logs import MetricsLog, Progress, Silence, keep_until
 from dsv3.train.restore import start_from
-from dsv3.train.step import train_step
 from dsv3.train.watch import Watch
 
 
@@ -89,7 +88,9 @@ class _Trainer:
     self.data = Batches(values, values.train.seed)
     self.tokenizer = self.data.tokenizer
     self.heldout = self._heldout()
-    self._build()
+    self.program = program.make(values, self.layout, self.schedule)
+    graphdef = self.program.graphdef
+    self.watch = Watch(graphdef, values, self.schedule, workdir)
     self.folder = contextlib.ExitStack()
     try:
       self._open(given)
@@ -138,37 +139,15 @@ class _Trainer:
       return None
     return Batches(self.values, 0, "heldout")
 
-  def _build(self) -> None:
-    """The step, and the shapes of its state: what the config cannot be is told."""
-    self.adam = adam = optimizer.make(self.values.optimizer)
-    placement = self.layout.placement
-    self.create = lambda: state.create(self.values, adam, placement)
-    self.graphdef, self.like = jax.eval_shape(self.create)
-    self.shardings = self.layout.of_state(self.like)
-    self.step_fn = jax.jit(
-      functools.partial(
-        train_step,
-        graphdef=self.graphdef,
-        optimizer=adam,
-        schedule=self.schedule,
-        values=self.values,
-        placement=placement,
-      ),
-      in_shardings=(self.shardings, self.layout.of_batch()),
-      out_shardings=(self.shardings, self.layout.everywhere()),
-      donate_argnums=0,
-    )
-    self.watch = Watch(self.graphdef, self.values, self.schedule, self.workdir)
-
   def _restore(self) -> None:
     """State, step and data position: from the newest checkpoint, or new."""
-    train_values, like = self.values.train, self.like
+    train_values, like = self.values.train, self.program.like
     on_host = train_values.ema_decay > 0 and train_values.ema_place == "host"
     trees = trees_of(like, like.params if on_host else None)
     wanted = abstract(
       trees,
       on_host=("ema",) if on_host else (),
-      shardings=trees_of(self.shardings),
+      shardings=trees_of(self.program.shardings),
     )
     found = self.checkpoints.restore_newest(wanted, print, set_aside=True)
     self.done, self.sequences_ahead = 0, 0
@@ -202,10 +181,10 @@ class _Trainer:
     elif other:
       weights = start_from(other, model)
     else:
-      create = lambda: self.create()[1]
-      return jax.jit(create, out_shardings=self.shardings)()
-    whole = state.of_weights(self.values, self.adam, *weights)
-    return self.layout.put(whole, self.shardings)
+      create = lambda: self.program.create()[1]
+      return jax.jit(create, out_shardings=self.program.shardings)()
+    whole = state.of_weights(self.values, self.program.adam, *weights)
+    return self.layout.put(whole, self.program.shardings)
 
   def _remember(self, meta: dict[str, Any]) -> None:
     """Tells what a recipe or a guard forgets that was not the run's so far."""
@@ -286,7 +265,7 @@ class _Trainer:
         self._tell_batch_size()
         n_rows = self.schedule.batch_size(self.done)
         whole = self.layout.put_rows(batch, n_rows)
-        self.state, metrics = self.step_fn(self.state, whole)
+        self.state, metrics = self.program.step(self.state, whole)
         self.done += 1
         if waiting:
           self._settle(*waiting, clock)
@@ -424,7 +403,7 @@ class _Trainer:
       return None
     size = self.values.schedule.batch_size
     score = bpb.score(
-      self.graphdef,
+      self.program.graphdef,
       self.state.params,
       self.state.router,
       feed.heldout(self.heldout, size, n_batches),

@@ -15,7 +15,7 @@ import pytest
 from dsv3 import cli
 from dsv3.config import ConfigError
 from dsv3.data import tokenizer
-from dsv3.train import feed, loop, schedule
+from dsv3.train import feed, loop, program, schedule
 from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.logs import read_metrics
 from dsv3.train.restore import restore
@@ -190,7 +190,7 @@ def test_checkpoints_without_their_config_and_another_tokenizer_are_refused(
 
 def poison(monkeypatch, steps):
   """Makes the gradients of some steps, counted from 1, not finite."""
-  real = loop.train_step
+  real = program.train_step
 
   def step(state, batch, **kwargs):
     bad = jnp.isin(state.step + 1, jnp.array(steps))
@@ -203,7 +203,7 @@ def poison(monkeypatch, steps):
     params = jax.tree.map(keep, state.params, after.params)
     return after.replace(params=params), metrics
 
-  monkeypatch.setattr(loop, "train_step", step)
+  monkeypatch.setattr(program, "train_step", step)
 
 
 def test_a_run_recovers_or_stops_with_the_last_good_checkpoint_intact(

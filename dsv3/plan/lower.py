@@ -1,0 +1,327 @@
+"""The real training step, compiled for devices that are not there.
+
+Where `dsv3 plan` adds up, this compiles: the step of a run on its mesh, for CPU
+devices that are made up, for H200s or for a TPU slice, and reads in the program
+what a device holds, what it sends, and what should not be there. Nothing runs and
+no weight is made.
+
+  cpu:8         eight devices of this machine's CPU
+  h200:4x8      nodes x GPUs; pip install "dsv3[hopper-compile]"
+  v5p:4x4x8     a TPU slice; pip install "jax[tpu]"
+"""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from dsv3 import config
+from dsv3.config import ConfigError
+from dsv3.train import layout, program, schedule
+
+COLLECTIVES = (
+  "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all "
+  "collective-permute collective-broadcast"
+).split()
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
+
+
+class Collective(NamedTuple):
+  """All collectives of a kind and result, of one step."""
+
+  kind: str
+  result: str  # as bf16[64,7168]
+  count: int  # times a step, loops unrolled
+  bytes: int  # of one result on a device
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+  """What the compiler has made of a step; bytes are of one device."""
+
+  target: str
+  mesh: config.Mesh
+  arguments: int  # state and batch
+  outputs: int  # that are no argument's memory
+  temporary: int
+  collectives: list[Collective]
+  surprises: list[str]
+  trace_seconds: float
+  compile_seconds: float
+
+  @property
+  def total(self) -> int:
+    return self.arguments + self.outputs + self.temporary
+
+  def text(self) -> str:
+    """A table for people."""
+    lines = [
+      f"{self.target}, {self.mesh}: traced in {self.trace_seconds:.1f} s, "
+      f"compiled in {self.compile_seconds:.1f} s",
+      f"a device holds {self.total / 1e9:,.2f} GB: arguments "
+      f"{self.arguments / 1e9:,.2f}, outputs {self.outputs / 1e9:,.2f}, "
+      f"temporary {self.temporary / 1e9:,.2f}",
+    ]
+    by_kind = collections.Counter()
+    for one in self.collectives:
+      by_kind[one.kind] += one.count * one.bytes
+    for kind, n_bytes in by_kind.most_common():
+      lines.append(
+        f"{kind}: {n_bytes / 1e9:,.3f} GB a step, results on a device"
+      )
+      mine = [c for c in self.collectives if c.kind == kind]
+      mine.sort(key=lambda c: -c.count * c.bytes)
+      for c in mine[:4]:
+        lines.append(f"  {c.count:5} x {c.bytes / 1e6:10,.3f} MB  {c.result}")
+    lines += [f"SURPRISE: {text}" for text in self.surprises]
+    return "\n".join(lines)
+
+
+def prepare(target: str) -> None:
+  """Environment of a target; before JAX has looked for devices."""
+  kind, n = _parse(target)
+  if kind == "cpu":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", n[0])
+  elif kind == "h200":
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    jax.config.update("jax_platforms", "cpu,cuda")
+  else:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    jax.config.update("jax_platforms", "cpu")
+
+
+def devices(target: str) -> Sequence[jax.Device]:
+  """Devices of a target, of which none need be there; ConfigError without the
+  package that compiles for them."""
+  kind, n = _parse(target)
+  if kind == "cpu":
+    return jax.devices("cpu")[: n[0]]
+  try:
+    if kind == "h200":
+      from dsv3.plan.h200 import TARGET
+
+      text = "x".join(map(str, (*n, 1)))
+      found = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET, topology=text
+      )
+    else:
+      found = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{kind}:{'x'.join(map(str, n))}"
+      )
+  except Exception as error:  # of a plugin that is not there, of many kinds
+    package = "dsv3[hopper-compile]" if kind == "h200" else "jax[tpu]"
+    reason = str(error).strip().split("\n")[0][:120]
+    raise ConfigError(
+      f'--lower={target}: {reason}; wanted: pip install "{package}"'
+    ) from error
+  return found.devices
+
+
+def _parse(target: str) -> tuple[str, tuple[int, ...]]:
+  kind, _, size = target.partition(":")
+  parts = size.split("x")
+  if not kind or not all(part.isdigit() for part in parts):
+    raise ConfigError(
+      f"--lower: found {target}, wanted one such as cpu:8, h200:1x8 or v5p:4x4x8"
+    )
+  return kind, tuple(map(int, parts))
+
+
+def lower(values: config.Config, target: str) -> Lowered:
+  """Compiles the step of `values` on config.mesh of the target's devices.
+
+  `prepare` must have been called before. Raises ConfigError for a mesh that
+  cannot be, or a target that nothing here compiles for.
+  """
+  where = layout.of_devices(values, devices(target))
+  plan = schedule.make(values)
+  begin = time.monotonic()
+  made = program.make(values, where, plan)
+  batch = layout.batch_like(values, plan.batch_size(plan.steps - 1))
+  at = lambda x, sharding: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=sharding
+  )
+  traced = made.step.trace(
+    jax.tree.map(at, made.like, made.shardings),
+    jax.tree.map(at, batch, where.of_batch()),
+  )
+  lowered = traced.lower()
+  traced_at = time.monotonic()
+  with _stderr() as said:
+    compiled = lowered.compile()
+  done = time.monotonic()
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  found = collectives_of(text)
+  return Lowered(
+    target=target,
+    mesh=where.sizes,
+    arguments=memory.argument_size_in_bytes,
+    outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    temporary=memory.temp_size_in_bytes,
+    collectives=found,
+    surprises=[
+      *_remade(said),
+      *_gathered(found, values, where.sizes),
+      *_upcast(traced.jaxpr.jaxpr, values),
+    ],
+    trace_seconds=traced_at - begin,
+    compile_seconds=done - traced_at,
+  )
+
+
+@contextlib.contextmanager
+def _stderr() -> Iterator[list[str]]:
+  """Lines that the compiler writes to the process's stderr; there at the end."""
+  said: list[str] = []
+  with tempfile.TemporaryFile("w+") as file:
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+      yield said
+    finally:
+      os.dup2(kept, 2)
+      os.close(kept)
+      file.seek(0)
+      said.extend(file.read().splitlines())
+
+
+_INSTRUCTION = re.compile(
+  r"^\s+(?:ROOT )?%?\S+ = (.+?) ([a-z][\w-]*?)(?:-start)?\("
+)
+_CALLED = re.compile(
+  r"(?:body|to_apply|calls|condition|true_computation|false_computation)="
+  r"%?([\w.-]+)|branch_computations=\{([^}]*)\}"
+)
+
+
+def collectives_of(text: str) -> list[Collective]:
+  """Every collective of a compiled program, counted over its loops.
+
+  A loop whose length the compiler does not know is counted once.
+  """
+  bodies, entry = _computations(text)
+  found = collections.Counter()
+
+  def walk(name: str, times: int) -> None:
+    for line in bodies.get(name, ()):
+      match = _INSTRUCTION.match(line)
+      if match and match[2] in COLLECTIVES:
+        found[match[2], _result(match[1])] += times
+      trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+      inner = times * int(trips[1]) if trips else times
+      for one, several in _CALLED.findall(line):
+        for callee in (one, *re.findall(r"%?([\w.-]+)", several)):
+          if callee and match and match[2] not in ("fusion", "reduce"):
+            walk(callee, inner)
+
+  walk(entry, 1)
+  return [
+    Collective(kind, result, count, _size(result))
+    for (kind, result), count in found.items()
+  ]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """Lines of every computation by its name, and the entry's name."""
+  found, name, entry = {}, "", ""
+  for line in text.splitlines():
+    head = re.match(r"^(ENTRY )?%?([\w.-]+) .*\{\s*$", line)
+    if head and not line.startswith(" "):
+      name = head[2]
+      found[name] = []
+      entry = name if head[1] else entry
+    elif name:
+      found[name].append(line)
+  return found, entry
+
+
+def _result(shape: str) -> str:
+  """Shapes of a result without layouts; of a started one the arrays that come."""
+  arrays = re.findall(r"\w+\[[\d,]*\]", shape)
+  return " ".join(arrays)
+
+
+def _size(result: str) -> int:
+  return sum(
+    _bytes(kind) * _elements(dims)
+    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
+  )
+
+
+def _bytes(kind: str) -> int:
+  found = re.search(r"\d+", kind)
+  return _BYTES.get(kind) or max(int(found[0]) // 8, 1) if found else 1
+
+
+def _elements(dims: str) -> int:
+  out = 1
+  for n in dims.split(","):
+    out *= int(n or 1)
+  return out
+
+
+def _remade(said: Sequence[str]) -> list[str]:
+  """XLA's own warning that it gathers an array whole and cuts it again."""
+  lines = [x for x in said if "nvoluntary full remat" in x]
+  return [f"involuntary full rematerialization: {x[-200:]}" for x in lines[:3]]
+
+
+def _gathered(found, values: config.Config, mesh: config.Mesh) -> list[str]:
+  """An all-gather of as much as all experts of a layer, where they are dealt."""
+  m = values.model
+  if mesh.expert == 1 or m.ffn != "moe":
+    return []
+  all_of_it = {m.moe.n_routed, m.dim, m.moe.hidden}
+  return [
+    f"an all-gather of {c.result}: all experts of a layer"
+    for c in found
+    if c.kind == "all-gather"
+    for dims in re.findall(r"\[([\d,]+)\]", c.result)
+    if all_of_it <= set(map(int, dims.split(",")))
+  ]
+
+
+def _upcast(jaxpr, values: config.Config) -> list[str]:
+  """Products of experts' matrices in float32, in a model of bfloat16."""
+  m = values.model
+  if m.dtype != "bfloat16" or m.ffn != "moe":
+    return []
+  widths = {m.moe.hidden, 2 * m.moe.hidden}
+  found = set()
+  for eqn in _equations(jaxpr):
+    if eqn.primitive.name not in ("dot_general", "ragged_dot_general"):
+      continue
+    avals = [v.aval for v in eqn.invars[:2]]
+    for aval in avals:
+      if aval.ndim >= 2 and m.dim in aval.shape and widths & set(aval.shape):
+        if {a.dtype.name for a in avals} == {"float32"}:
+          found.add(f"{eqn.primitive.name} of float32 {aval.shape}")
+  return [f"experts multiply in float32: {text}" for text in sorted(found)]
+
+
+def _equations(jaxpr):
+  """Equations of a jaxpr and of all within it."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in _inner(eqn):
+      yield from _equations(inner)
+
+
+def _inner(eqn):
+  """The jaxprs in an equation's parameters."""
+  for value in eqn.params.values():
+    for one in value if isinstance(value, (tuple, list)) else (value,):
+      one = getattr(one, "jaxpr", one)
+      if hasattr(one, "eqns"):
+        yield one

@@ -1,0 +1,87 @@
+"""Compiling for devices that are not there: what is read in the program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv3.config import ConfigError, Mesh
+from dsv3.plan import count, lower
+from tests import micro
+
+TEXT = """HloModule jit_step
+
+%body.1 (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p = (s32[], f32[4,8]{1,0}) parameter(0)
+  %a = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %r = f32[4,8]{1,0} all-reduce(%a), to_apply=%add.1
+  %g = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%a), dimensions={0}
+  ROOT %t = (s32[], f32[4,8]{1,0}) tuple(%p, %r)
+}
+
+ENTRY %main.2 (x: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %w = (s32[], f32[4,8]{1,0}) while(%x), condition=%c.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %s = f32[2,8]{1,0} reduce-scatter(%x), dimensions={0}, to_apply=%add.1
+  ROOT %o = f32[4,8]{1,0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_collectives_are_counted_over_loops():
+  found = {c.kind: c for c in lower.collectives_of(TEXT)}
+  assert found.keys() == {"all-reduce", "all-gather", "reduce-scatter"}
+  assert (found["all-reduce"].count, found["all-reduce"].bytes) == (5, 128)
+  assert found["all-gather"].count == 5
+  assert (found["reduce-scatter"].count, found["reduce-scatter"].bytes) == (
+    1,
+    64,
+  )
+
+
+def test_a_step_on_devices_that_are_there_for_the_test():
+  values = micro.config_of({"mesh.data": 2, "mesh.expert": 2})
+  found = lower.lower(values, "cpu:4")
+  assert found.mesh == Mesh(data=2, expert=2)
+  size = count.parameters(values.model)
+  # Experts over two, moments over both replicas: more than weights, less than all.
+  assert 4 < found.arguments / (size.main + size.mtp) < 12
+  assert found.temporary > 0 and found.surprises == []
+  kinds = {c.kind for c in found.collectives}
+  assert "all-to-all" in kinds and "all-reduce" in kinds
+  assert "all-to-all: " in found.text()
+
+
+def test_an_all_gather_of_all_experts_is_a_surprise():
+  values = micro.config_of({"mesh.expert": 2})
+  m = values.model
+  whole = f"f32[{m.moe.n_routed},{m.dim},2,{m.moe.hidden}]"
+  share = f"f32[{m.moe.n_routed // 2},{m.dim},2,{m.moe.hidden}]"
+  of = lambda result: [lower.Collective("all-gather", result, 1, 1)]
+  mesh = Mesh(expert=2)
+  assert "all experts" in lower._gathered(of(whole), values, mesh)[0]
+  assert lower._gathered(of(share), values, mesh) == []
+  assert lower._gathered(of(whole), values, Mesh(fsdp=2)) == []
+
+
+@pytest.mark.parametrize("dtype, n", [("float32", 1), ("bfloat16", 0)])
+def test_experts_that_multiply_in_float32_are_a_surprise(dtype, n):
+  values = micro.config_of({"model.dtype": "bfloat16"})
+  m = values.model
+  x = jnp.zeros((8, m.dim), dtype)
+  w = jnp.zeros((m.moe.n_routed, m.dim, m.moe.hidden), dtype)
+  product = jax.jit(lambda x, w: jnp.einsum("ad,edf->aef", x, w))
+  jaxpr = jax.make_jaxpr(product)(x, w).jaxpr
+  assert len(lower._upcast(jaxpr, values)) == n
+  plain = micro.config_of({"model.dtype": "float32"})
+  assert lower._upcast(jaxpr, plain) == []
+
+
+def test_xlas_warning_is_a_surprise():
+  said = ["x", "W0000 spmd: Involuntary full rematerialization of %dot.3"]
+  assert "%dot.3" in lower._remade(said)[0]
+
+
+@pytest.mark.parametrize("target", ["h200", "cpu:", "v5p:4x", ":8"])
+def test_what_is_no_target_is_said(target):
+  with pytest.raises(ConfigError, match="wanted one such as cpu:8"):
+    lower.devices(target)
