@@ -303,10 +303,9 @@ def _upcast(jaxpr, values: config.Config) -> list[str]:
     if eqn.primitive.name not in ("dot_general", "ragged_dot_general"):
       continue
     avals = [v.aval for v in eqn.invars[:2]]
-    for aval in avals:
-      if aval.ndim >= 2 and m.dim in aval.shape and widths & set(aval.shape):
-        if {a.dtype.name for a in avals} == {"float32"}:
-          found.add(f"{eqn.primitive.name} of float32 {aval.shape}")
+    of_experts = any(m.dim in a.shape and widths & set(a.shape) for a in avals)
+    if of_experts and {a.dtype.name for a in avals} == {"float32"}:
+      found.add(" by ".join(str(a.shape) for a in avals))
   return [f"experts multiply in float32: {text}" for text in sorted(found)]
 
 
