@@ -18,29 +18,14 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
 from dsv3 import config
 from dsv3.config import ConfigError
+from dsv3.plan import hlo
 from dsv3.train import layout, program, schedule
-
-COLLECTIVES = (
-  "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all "
-  "collective-permute collective-broadcast"
-).split()
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
-
-
-class Collective(NamedTuple):
-  """All collectives of a kind and result, of one step."""
-
-  kind: str
-  result: str  # as bf16[64,7168]
-  count: int  # times a step, loops unrolled
-  bytes: int  # of one result on a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +37,7 @@ class Lowered:
   arguments: int  # state and batch
   outputs: int  # that are no argument's memory
   temporary: int
-  collectives: list[Collective]
+  collectives: list[hlo.Collective]
   surprises: list[str]
   trace_seconds: float
   compile_seconds: float
@@ -162,7 +147,7 @@ def lower(values: config.Config, target: str) -> Lowered:
     compiled = lowered.compile()
   done = time.monotonic()
   memory, text = compiled.memory_analysis(), compiled.as_text()
-  found = collectives_of(text)
+  found = hlo.collectives_of(text)
   return Lowered(
     target=target,
     mesh=where.sizes,
@@ -194,81 +179,6 @@ def _stderr() -> Iterator[list[str]]:
       os.close(kept)
       file.seek(0)
       said.extend(file.read().splitlines())
-
-
-_INSTRUCTION = re.compile(
-  r"^\s+(?:ROOT )?%?\S+ = (.+?) ([a-z][\w-]*?)(?:-start)?\("
-)
-_CALLED = re.compile(
-  r"(?:body|to_apply|calls|condition|true_computation|false_computation)="
-  r"%?([\w.-]+)|branch_computations=\{([^}]*)\}"
-)
-
-
-def collectives_of(text: str) -> list[Collective]:
-  """Every collective of a compiled program, counted over its loops.
-
-  A loop whose length the compiler does not know is counted once.
-  """
-  bodies, entry = _computations(text)
-  found = collections.Counter()
-
-  def walk(name: str, times: int) -> None:
-    for line in bodies.get(name, ()):
-      match = _INSTRUCTION.match(line)
-      if match and match[2] in COLLECTIVES:
-        found[match[2], _result(match[1])] += times
-      trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-      inner = times * int(trips[1]) if trips else times
-      for one, several in _CALLED.findall(line):
-        for callee in (one, *re.findall(r"%?([\w.-]+)", several)):
-          if callee and match and match[2] not in ("fusion", "reduce"):
-            walk(callee, inner)
-
-  walk(entry, 1)
-  return [
-    Collective(kind, result, count, _size(result))
-    for (kind, result), count in found.items()
-  ]
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """Lines of every computation by its name, and the entry's name."""
-  found, name, entry = {}, "", ""
-  for line in text.splitlines():
-    head = re.match(r"^(ENTRY )?%?([\w.-]+) .*\{\s*$", line)
-    if head and not line.startswith(" "):
-      name = head[2]
-      found[name] = []
-      entry = name if head[1] else entry
-    elif name:
-      found[name].append(line)
-  return found, entry
-
-
-def _result(shape: str) -> str:
-  """Shapes of a result without layouts; of a started one the arrays that come."""
-  arrays = re.findall(r"\w+\[[\d,]*\]", shape)
-  return " ".join(arrays)
-
-
-def _size(result: str) -> int:
-  return sum(
-    _bytes(kind) * _elements(dims)
-    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
-  )
-
-
-def _bytes(kind: str) -> int:
-  found = re.search(r"\d+", kind)
-  return _BYTES.get(kind) or max(int(found[0]) // 8, 1) if found else 1
-
-
-def _elements(dims: str) -> int:
-  out = 1
-  for n in dims.split(","):
-    out *= int(n or 1)
-  return out
 
 
 def _remade(said: Sequence[str]) -> list[str]:
