@@ -6,10 +6,12 @@ with the progress table of runs on this machine.
 """
 
 import logging
+import os
 import pathlib
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,24 +26,35 @@ _POLL_SECONDS = 0.5
 
 
 def on_node(
-  command: Sequence[str], environment: Mapping[str, str], folder: str
+  command: Sequence[str],
+  environment: Mapping[str, str],
+  folder: str,
+  stop: str,
 ) -> int:
-  """Exit code of a command; a task that is cancelled has it save and stop."""
+  """Exit code of a command, which is told to save and stop once `stop` exists.
+
+  A file, which all nodes see: what Ray raises in a task that is cancelled may come
+  while the process is being started.
+  """
+  if os.path.exists(stop):
+    return 128 + signal.SIGTERM
   process = subprocess.Popen(command, env=dict(environment), cwd=folder)
-  try:
-    # Ray raises KeyboardInterrupt between two lines of Python, never in a wait.
-    while process.poll() is None:
-      time.sleep(_POLL_SECONDS)
-  except KeyboardInterrupt:
-    process.send_signal(signal.SIGTERM)
+  while process.poll() is None:
+    time.sleep(_POLL_SECONDS)
+    if os.path.exists(stop):
+      process.send_signal(signal.SIGTERM)
+      break
   return process.wait()
 
 
 class Task:
   """A run on some node, or waiting for one."""
 
-  def __init__(self, cluster, reference, sweep: Experiment, run: Run, workdir):
+  def __init__(
+    self, cluster, reference, sweep: Experiment, run: Run, workdir, stop
+  ):
     self._ray, self._reference = cluster, reference
+    self._stop = pathlib.Path(stop)
     self._sweep, self.run, self.workdir = sweep, run, workdir
     self._before = results.read(sweep.results).get(run.key)
     self._asked = 0
@@ -52,7 +65,9 @@ class Task:
 
   def ask_to_stop(self, times: int) -> None:
     if times > self._asked:
-      self._ray.cancel(self._reference, force=times > 1)
+      self._stop.touch()
+      if times > 1:
+        self._ray.cancel(self._reference, force=True)
       self._asked = times
 
   def settle(self) -> dict[str, Any] | None:
@@ -62,6 +77,7 @@ class Task:
       self._ray.get(self._reference)
     except self._ray.exceptions.RayError as error:
       reason = str(error).strip().split("\n")[0][:200]
+    self._stop.unlink(missing_ok=True)
     line = results.read(self._sweep.results).get(self.run.key)
     if line and line != self._before:
       return line
@@ -100,10 +116,15 @@ class Ray(Launcher):
       raise ConfigError(f"--ray: {_line(error)}") from error
 
   def begin(self, run: Run) -> Task:
-    here = str(pathlib.Path.cwd())
-    reference = self._remote.remote(self._command(run), environment(1), here)
+    here = pathlib.Path.cwd()
+    stops = (here / self.folder / "stops").resolve()
+    stops.mkdir(parents=True, exist_ok=True)
+    stop = str(stops / uuid.uuid4().hex)
+    reference = self._remote.remote(
+      self._command(run), environment(1), str(here), stop
+    )
     workdir = folder_of(run, self.folder)
-    return Task(self._ray, reference, self.sweep, run, workdir)
+    return Task(self._ray, reference, self.sweep, run, workdir, stop)
 
 
 def connect(address: str):

@@ -5,8 +5,6 @@ import math
 
 from dsv3 import config
 from dsv3.config import INNER_FIRST, ConfigError, Mesh
-from dsv3.ops import recipes
-from dsv3.ops.fp8 import Operand
 
 
 def resolve(
@@ -106,6 +104,9 @@ def check_run(mesh: Mesh, values: config.Config, devices: int) -> None:
 
 def _check_precision(mesh: Mesh, precision: config.Precision) -> None:
   """Recipes that ask for the largest value of a whole tensor see a part of it."""
+  from dsv3.ops import recipes  # with JAX, for which a plan does not wait
+  from dsv3.ops.fp8 import Operand
+
   recipe = recipes.recipe(precision.recipe, precision.changes)
   if not recipe.quantises:
     return

@@ -36,7 +36,7 @@ def test_a_task_claims_its_run_and_writes_its_line(
   assert "b-s1: failed config.data.sources: nowhere/text.txt" in said
 
 
-def test_a_task_that_is_cancelled_has_its_command_save(cluster, tmp_path):
+def test_a_task_that_is_asked_to_stop_has_its_command_save(cluster, tmp_path):
   program = """if True:
     import pathlib, signal, sys, time
     def save(*_):
@@ -48,25 +48,29 @@ def test_a_task_that_is_cancelled_has_its_command_save(cluster, tmp_path):
   """
   sweep = trial.load(trial.write(tmp_path))
   reference = cluster.remote(ray_cluster.on_node).remote(
-    [sys.executable, "-c", program], environment(1), str(tmp_path)
+    [sys.executable, "-c", program],
+    environment(1),
+    str(tmp_path),
+    str(tmp_path / "stop"),
   )
-  task = ray_cluster.Task(
-    cluster, reference, sweep, sweep.runs[0], tmp_path / "run"
-  )
+  of = sweep, sweep.runs[0], tmp_path / "run", tmp_path / "stop"
+  task = ray_cluster.Task(cluster, reference, *of)
   _wait_for(tmp_path / "ready")
   assert not task.is_over
   task.ask_to_stop(1)
   _wait_for(tmp_path / "saved")
   assert task.settle() is None  # it can go on
-  assert task.is_over
+  assert task.is_over and not (tmp_path / "stop").exists()
+  (tmp_path / "stop").touch()  # one that has not begun yet does not begin
+  words = ["false"], environment(1), str(tmp_path), str(tmp_path / "stop")
+  assert ray_cluster.on_node(*words) == 143
 
 
 def test_a_node_that_is_lost_is_told_and_leaves_no_line(cluster, tmp_path):
   sweep = trial.load(trial.write(tmp_path))
   lost = cluster.remote(max_retries=0)(lambda: __import__("os")._exit(1))
-  task = ray_cluster.Task(
-    cluster, lost.remote(), sweep, sweep.runs[0], tmp_path / "run"
-  )
+  of = sweep, sweep.runs[0], tmp_path / "run", tmp_path / "stop"
+  task = ray_cluster.Task(cluster, lost.remote(), *of)
   line = task.settle()
   assert line["error"].startswith("no result: ")
   assert not sweep.results.exists()

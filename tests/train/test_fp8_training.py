@@ -299,7 +299,22 @@ def test_reports_and_a_guard_that_keeps_the_worst_high(
   assert any("fp8/error_max" in line for line in metrics)
   kept = [row for row in rows if row["step"] == 4]
   assert all(row["error"] is None for row in kept)
-  # The guard's Linears outlive the process: none is told of a second time.
+
+
+@pytest.mark.slow  # four programs with FP8 to compile
+def test_what_a_guard_keeps_outlives_the_process_and_not_the_guard(
+  corpus, tmp_path, capsys
+):
+  diff = {
+    **corpus,
+    "train.steps": 4,
+    "model.precision.report_every": 2,
+    "model.precision.guard": 1e-6,
+    "model.precision.guard_action": "keep_high",
+  }
+  run(diff, tmp_path)
+  capsys.readouterr()
+  # None is told of a second time.
   run({**diff, "train.steps": 6}, tmp_path)
   assert "relative error" not in capsys.readouterr().err
   # Without its guard a run names those that are quantised again.
@@ -311,6 +326,7 @@ def test_reports_and_a_guard_that_keeps_the_worst_high(
   assert "quantised again" not in capsys.readouterr().out
 
 
+@pytest.mark.slow  # three programs with FP8 to compile
 def test_delayed_scales_stay_where_a_guard_comes_and_goes(
   corpus, tmp_path, capsys
 ):
