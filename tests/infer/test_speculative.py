@@ -48,8 +48,10 @@ def few_tokens(*lengths):
     ("depth 1", 4),
     ("depth 2", 1),
     ("depth 2", 2),
-    ("depth 3", 4),
-    ("before norm", 3),
+    pytest.param("depth 3", 4, marks=pytest.mark.slow),  # as the others, longer
+    pytest.param(
+      "before norm", 3, marks=pytest.mark.slow
+    ),  # as the others, longer
     ("yarn", 2),
     ("dense", 2),
     ("256 tokens", 2),
