@@ -116,6 +116,7 @@ def test_a_shard_is_filled_from_its_tensors_alone(folder):
   assert experts.sharding == shardings["moe/ffn/experts/w_gate_up"]
 
 
+@pytest.mark.slow  # converts, evaluates, trains: the longest
 def test_an_imported_run_is_evaluated_and_trained_on(folder, tmp_path, capsys):
   run = tmp_path / "run"
   words = ["convert", "from-hf", str(folder), f"--out={run}"]

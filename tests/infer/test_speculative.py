@@ -52,7 +52,7 @@ def few_tokens(*lengths):
     pytest.param(
       "before norm", 3, marks=pytest.mark.slow
     ),  # as the others, longer
-    ("yarn", 2),
+    pytest.param("yarn", 2, marks=pytest.mark.slow),
     ("dense", 2),
     ("256 tokens", 2),
   ],

@@ -338,6 +338,7 @@ def test_delayed_scales_stay_where_a_guard_comes_and_goes(
   assert "anew" not in capsys.readouterr().out
 
 
+@pytest.mark.slow  # two programs with FP8 to compile
 def test_a_guard_that_only_tells_tells_again(corpus, tmp_path, capsys):
   guard = {"model.precision.guard": 1e-6, "model.precision.report_every": 2}
   run({**corpus, "train.steps": 4, **guard}, tmp_path)
