@@ -5,7 +5,7 @@ different afterwards is the knob's doing. Without a change the numbers are the
 run's own, to the bit, on the machine and versions that it ran on.
 """
 
-import functools
+import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,10 +16,9 @@ import numpy as np
 from dsv3 import config, overlay
 from dsv3.config import ConfigError
 from dsv3.data.batches import Batches
-from dsv3.train import feed, optimizer, run, schedule, state
+from dsv3.train import feed, layout, program, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
 from dsv3.train.logs import read_metrics
-from dsv3.train.step import train_step
 
 # What decides which rows a step reads: a change of these is no replay.
 _OF_DATA = ("data.", "schedule.batch_", "train.seed")
@@ -44,24 +43,14 @@ def replay(
       f"--steps: found {steps}, wanted at most {values.train.steps - first}: "
       f"the run has {values.train.steps}"
     )
-  adam = optimizer.make(values.optimizer)
-  graphdef, like = jax.eval_shape(lambda: state.create(values, adam))
-  start, meta = _restore(workdir, first, like)
-  start = state.with_memory(start, values.model)
   plan = schedule.make(values)
-  step = jax.jit(
-    functools.partial(
-      train_step,
-      graphdef=graphdef,
-      optimizer=adam,
-      schedule=plan,
-      values=values,
-    ),
-    donate_argnums=0,
-  )
+  alone = layout.of_devices(values, jax.devices()[:1])
+  made = program.make(values, alone, plan)
+  start, meta = _restore(workdir, first, made.like)
+  start = state.with_memory(start, values.model)
   ahead = meta["sequences"] - plan.first_sequence(first)
   rows = feed.training(Batches(values, values.train.seed), plan, first, ahead)
-  return _run(step, start, rows, first, steps)
+  return _run(made.step, start, rows, first, steps)
 
 
 def _run(step, now, rows, first, steps):
@@ -82,7 +71,8 @@ def _values(workdir, first, diff) -> config.Config:
   tree = run.as_tree(run.config_at(workdir, first))
   # The schedule is in shares of the length that the run had then.
   length, _ = run.position_of(pathlib.Path(workdir), first + 1)
-  return config.build(overlay.overlay(tree, {"train.steps": length, **diff}))
+  values = config.build(overlay.overlay(tree, {"train.steps": length, **diff}))
+  return dataclasses.replace(values, mesh=config.Mesh())  # on one device
 
 
 def _restore(workdir, first, like):

@@ -54,7 +54,7 @@ def _backward(passes, saved, dy_MPO):
   source = high(g_low) if passes.sent else dy_MPO
   x_along, g_along, load_along = operands.wgrad(kept, source, load_E)
   x_source, g_source = operands.wgrad_sources(kept, source, load_E)
-  if x_source is x_along:  # it was made of x when x came in
+  if isinstance(x_source, Quantised):  # made when x came in, of x
     x_source = x if p.kept else operands.lay_out(x, load_E)
 
   as_high = lambda a: a.astype(passes.dtype)
@@ -108,8 +108,6 @@ def _operand(x, low, how: Operand | None) -> list[jax.Array]:
   """OF_OPERAND of x and what became of it."""
   if not isinstance(low, Quantised):
     return [jnp.float32(jnp.nan)] * len(OF_OPERAND)
-  if isinstance(x, Quantised):  # kept as it is: what it lost, it lost before
-    x = x.dequantise()
   x = jnp.abs(x.astype(jnp.float32))
   ones = jnp.ones(low.values.shape, jnp.float32)
   limit = dataclasses.replace(low, values=ones).dequantise()

@@ -1,21 +1,11 @@
 """FP8 against BF16 on a model that is trained already (Fig. 10)."""
 
-from dsv3.lab.sweep import arms
+import pathlib
+
+from dsv3.overlay import module_of
 
 BASE = "base"
 BASELINE = "bf16"
 METRICS = ["loss"]
 
-
-def runs():
-  recipe = lambda name: {"model.precision.recipe": name}
-  return arms(
-    {
-      "bf16": {},
-      "deepseek_v3": recipe("deepseek_v3"),
-      "float32": {"model.dtype": "float32"},  # as far from BF16, without FP8
-      "bf16_moments": {"optimizer.moment_dtype": "bfloat16"},  # Sec. 3.3.3
-      "per_tensor": recipe("per_tensor"),
-      "blockwise_128": recipe("blockwise_128"),  # App. B.2: it diverged
-    }
-  )
+runs = module_of(pathlib.Path(__file__).parents[1] / "fp8/sweep.py").runs
