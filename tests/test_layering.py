@@ -31,7 +31,15 @@ INSIDE = {  # layer: layers of ours that it may import
   "configs": set(),
   "oracle": set(),
 }
-TOP = {"__main__", "cli", "commands", "lab", "bench"}  # these import everything
+TOP = {
+  "__main__",
+  "cli",
+  "arguments",
+  "argument_types",
+  "commands",
+  "lab",
+  "bench",
+}  # these import everything
 FORBIDDEN = {"data": {"jax", "flax", "optax"}}
 # tokamax is optional and imported where it is asked for.
 LAZY = {"dsv3/ops/grouped.py": {"tokamax"}}

@@ -1,4 +1,4 @@
-"""What the sub-commands of `dsv3` do; their arguments are in `dsv3.cli`.
+"""What the sub-commands of `dsv3` do; their arguments are in `dsv3.arguments`.
 
 Imported one at a time: a plan does not wait for JAX.
 """
