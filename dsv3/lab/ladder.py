@@ -8,6 +8,8 @@ approach 2; DeepSeek LLM, arXiv 2401.02954, Sec. 3.2, counts FLOPs a token as he
 
 import dataclasses
 import math
+import pathlib
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 
 from dsv3 import config, overlay
 from dsv3.config import ConfigError
+from dsv3.lab.results import Line
 from dsv3.lab.sweep import Sweep
 from dsv3.plan import count
 
@@ -44,8 +47,7 @@ def ladder(
           f"ladder: {name}: {budget:.3g} FLOPs buy {steps} steps, wanted 10 or "
           "more"
         )
-      arm = f"{budget:.2g}-{name}".replace("+", "")
-      found.append((arm, {**diff, "train.steps": steps}))
+      found.append((_arm(budget, name), {**diff, "train.steps": steps}))
   return found
 
 
@@ -118,6 +120,47 @@ def fit(rungs: Sequence[Rung]) -> Law:
     1,
   )
   return Law(tuple(rungs), float(exponent), math.exp(constant))
+
+
+def answer(
+  lines: Mapping[str, Sequence[Line]],
+  budgets: Iterable[float],
+  folder: pathlib.Path,
+) -> list[str]:
+  """What the runs of a `ladder` say, as notes, and the law's picture in `folder`.
+
+  `lines` are results by arm; seeds of an arm are averaged. A budget without a
+  least loss among its sizes, and a law without two budgets, are said.
+  """
+  rungs, notes = [], []
+  for budget in budgets:
+    mine = [v for name, v in lines.items() if name.startswith(_arm(budget, ""))]
+    mean = lambda of, mine=mine: [statistics.fmean(map(of, v)) for v in mine]
+    per_token = mean(lambda line: line["flops"] / line["tokens"])
+    try:
+      one = rung(budget, per_token, mean(lambda line: line["final"]["loss"]))
+    except ConfigError as error:
+      notes.append(f"{error}.")
+      continue
+    rungs.append(one)
+    where = "" if one.inside else ", beyond the sizes"
+    notes.append(
+      f"{budget:.2g} FLOPs: best at {one.best:.3g} FLOPs a token, loss "
+      f"{one.best_loss:.3f}{where}."
+    )
+  try:
+    law = fit(rungs)
+  except ConfigError as error:
+    return [*notes, f"{error}."]
+  draw(law).savefig(folder / "law.png", dpi=130)
+  return [
+    *notes,
+    f"Best size: {law.coefficient:.3g} x FLOPs^{law.exponent:.2f}.",
+  ]
+
+
+def _arm(budget: float, size: str) -> str:
+  return f"{budget:.2g}-{size}".replace("+", "")
 
 
 def draw(law: Law):

@@ -24,6 +24,7 @@ from dsv3.eval import bpb
 from dsv3.hf import imported
 from dsv3.nn import precision
 from dsv3.parallel import processes
+from dsv3.parallel.presence import Presence
 from dsv3.plan import chips, count, here
 from dsv3.train import feed, identity, layout, program, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
@@ -121,7 +122,7 @@ class _Trainer:
         f"{self.done}: so many are done in {workdir}"
       )
     changed = run.changes(workdir, values)
-    self.presence = processes.Presence(workdir)
+    self.presence = Presence(workdir)
     processes.wait_for_all("run folder read")
     self.log = self.progress = Silence()
     if first:

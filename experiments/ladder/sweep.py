@@ -1,9 +1,7 @@
 """How large should the model be for a budget?"""
 
 import pathlib
-import statistics
 
-from dsv3.config import ConfigError
 from dsv3.lab import ladder
 
 BASE = str(pathlib.Path(__file__).parents[1] / "ablation.py")
@@ -36,35 +34,4 @@ def runs():
 
 
 def answer(lines, folder):
-  """The law through the best sizes, and its picture."""
-  rungs = []
-  notes = []
-  for budget in BUDGETS:
-    mine = [
-      v
-      for name, v in lines.items()
-      if name.startswith(f"{budget:.2g}-".replace("+", ""))
-    ]
-    per_token = [
-      statistics.fmean(x["flops"] / x["tokens"] for x in v) for v in mine
-    ]
-    loss = [statistics.fmean(x["final"]["loss"] for x in v) for v in mine]
-    try:
-      one = ladder.rung(budget, per_token, loss)
-    except ConfigError as error:
-      notes.append(f"{error}.")
-      continue
-    rungs.append(one)
-    notes.append(
-      f"{budget:.2g} FLOPs: best at {one.best:.3g} FLOPs a token, loss "
-      f"{one.best_loss:.3f}" + ("." if one.inside else ", beyond the sizes.")
-    )
-  try:
-    law = ladder.fit(rungs)
-  except ConfigError as error:
-    return [*notes, f"{error}."]
-  ladder.draw(law).savefig(folder / "law.png", dpi=130)
-  return [
-    *notes,
-    f"Best size = {law.coefficient:.3g} x FLOPs^{law.exponent:.2f}.",
-  ]
+  return ladder.answer(lines, BUDGETS, folder)

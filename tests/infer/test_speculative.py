@@ -48,11 +48,11 @@ def few_tokens(*lengths):
     ("depth 1", 4),
     ("depth 2", 1),
     ("depth 2", 2),
-    pytest.param("depth 3", 4, marks=pytest.mark.slow),  # as the others, longer
-    pytest.param(
-      "before norm", 3, marks=pytest.mark.slow
-    ),  # as the others, longer
-    pytest.param("yarn", 2, marks=pytest.mark.slow),
+    # As the others, longer.
+    *(
+      pytest.param(name, n, marks=pytest.mark.slow)
+      for name, n in (("depth 3", 4), ("before norm", 3), ("yarn", 2))
+    ),
     ("dense", 2),
     ("256 tokens", 2),
   ],

@@ -101,6 +101,26 @@ def test_the_law_of_known_losses_is_found():
   assert len(valleys.lines) == 9 and len(line.lines) == 2
 
 
+def test_runs_of_a_ladder_answer_with_a_law(tmp_path):
+  loss = {1: 3.1, 2: 3.0, 4: 3.1}
+  line = lambda size, bonus: {
+    "flops": 1e6 * size,
+    "tokens": 1,
+    "final": {"loss": loss[size] - bonus},
+  }
+  lines = {}
+  for budget, shift in ((1e12, 1), (4e12, 2)):
+    for size in loss:
+      of = {**line(size, shift), "flops": 1e6 * size * shift}
+      lines[f"{budget:.2g}-d{size}".replace("+", "")] = [of, of]
+  notes = ladder.answer(lines, (1e12, 4e12), tmp_path)
+  assert "1e+12 FLOPs: best at 2e+06 FLOPs a token, loss 2.000." in notes
+  assert notes[-1].endswith("x FLOPs^0.50.")  # twice the size, four the budget
+  assert (tmp_path / "law.png").is_file()
+  few = {name: v for name, v in lines.items() if "d4" not in name}
+  assert all("wanted" in note for note in ladder.answer(few, (1e12,), tmp_path))
+
+
 def test_a_ladder_without_a_valley_or_a_law_is_said():
   with pytest.raises(ConfigError, match="no least between"):
     ladder.rung(1e18, [1, 2, 4], [3.0, 3.1, 3.0])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3.ops import grouped
+from dsv3.ops import grouped, tiles
 from dsv3.ops.grouped import grouped_matmul
 
 N_ROWS = 67
@@ -26,7 +26,7 @@ LOADS = {
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
   """So that few rows, cheap to test, make several tiles."""
-  monkeypatch.setattr(grouped, "TILES", (16, 8))
+  monkeypatch.setattr(tiles, "TILES", (16, 8))
 
 
 def inputs(dtype="float32"):
@@ -175,7 +175,7 @@ def test_errors_name_the_choices(monkeypatch):
 def test_few_rows_one_by_one_equal_dense(load):
   x_AI, w_EIO = inputs()
   x_AI, n_experts = x_AI[:7], len(load)
-  assert len(x_AI) <= grouped.FEW_ROWS * n_experts
+  assert len(x_AI) <= tiles.FEW_ROWS * n_experts
   load_E = jnp.asarray(load, jnp.int32)
   both = [
     grouped_matmul(x_AI, w_EIO[:n_experts], load_E, kernel=kernel)
@@ -187,15 +187,15 @@ def test_few_rows_one_by_one_equal_dense(load):
 @pytest.mark.parametrize("few", [0, 32])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_eq12_tiles_of_any_size_read_bits_of_bfloat16(size, few, monkeypatch):
-  monkeypatch.setattr(grouped, "FEW_ROWS", few)
-  monkeypatch.setattr(grouped, "_tile_size", lambda n_rows, n_experts: size)
+  monkeypatch.setattr(tiles, "FEW_ROWS", few)
+  monkeypatch.setattr(tiles, "_tile_size", lambda n_rows, n_experts: size)
   x_AI, w_EIO = inputs("bfloat16")
   bits_EIO = jax.lax.bitcast_convert_type(w_EIO, jnp.uint16)
   load_E = jnp.array([9, 0, 16, 8], jnp.int32)
   want = grouped_matmul(x_AI, w_EIO, load_E, kernel="dense")
   # Without an old program of another size.
-  tiles = jax.jit(lambda *args: grouped_matmul(*args, kernel="tiles"))
+  by_tiles = jax.jit(lambda *args: grouped_matmul(*args, kernel="tiles"))
   for w in (w_EIO, bits_EIO):
-    np.testing.assert_allclose(tiles(x_AI, w, load_E), want, atol=1e-5)
+    np.testing.assert_allclose(by_tiles(x_AI, w, load_E), want, atol=1e-5)
   with pytest.raises(ValueError, match="bits of bfloat16 for 'ragged'"):
     grouped_matmul(x_AI, bits_EIO, load_E, kernel="ragged")
