@@ -1,20 +1,27 @@
-"""Who of a run's processes is there, and what the others do without one."""
+"""Who of a run's processes is there, and what the others do without one.
+
+A collective whose partner is gone fails at once on some networks and waits for ever
+on others, and so does whatever else the processes wait for together.
+"""
 
 import fcntl
 import os
 import pathlib
 import socket
 import sys
+import threading
 import time
 from typing import IO
 
 import jax
 
+GRACE_SECONDS = 5  # for the error of a collective to come, and to be told
+_LOOK_SECONDS = 1
 _FOLLOWED = "ended with the others"
 
 
 class Presence:
-  """Who of a run is there: a locked file of each process in the run folder.
+  """A locked file of each process in the run folder.
 
   The system frees the lock of a process that is killed. Alone, a process has no
   file.
@@ -23,17 +30,17 @@ class Presence:
   def __init__(self, workdir: pathlib.Path):
     self._folder = pathlib.Path(workdir) / "processes"
     self._mine: IO | None = None
+    self._closed = threading.Event()
     if jax.process_count() > 1:
       self._folder.mkdir(parents=True, exist_ok=True)
-      self._mine = open(self._folder / str(jax.process_index()), "w")
+      self._mine = open(self._folder / str(jax.process_index()), "a+")
       fcntl.flock(self._mine, fcntl.LOCK_EX)
       self._write(f"{socket.gethostname()}, pid {os.getpid()}")
 
-  def _write(self, text: str) -> None:
-    self._mine.seek(0)
-    self._mine.truncate()
-    self._mine.write(text)
-    self._mine.flush()
+  def watch(self) -> None:
+    """From here on this process ends soon after another; all must be there."""
+    if self._mine:
+      threading.Thread(target=self._look, daemon=True).start()
 
   def gone(self) -> list[str]:
     """Processes that have ended of themselves, as `process 1 (host, pid 7)`."""
@@ -51,19 +58,36 @@ class Presence:
     return found
 
   def follow(self, error: BaseException) -> None:
-    """Ends this process if others are gone; returns if none is.
-
-    At once: what waits for the others at the end of a program would not return.
-    """
-    deadline = (
-      time.monotonic() + 2
-    )  # the error may come before the lock is free
-    while not (gone := self.gone()):
-      if not self._mine or time.monotonic() > deadline:
-        return
+    """Ends this process if others are gone; returns if none is."""
+    deadline = time.monotonic() + 2  # an error may come before a lock is free
+    while self._mine and time.monotonic() < deadline:
+      if gone := self.gone():
+        self._end(gone, str(error).strip().split("\n")[0][:120])
       time.sleep(0.1)
+
+  def close(self) -> None:
+    """Ends with the others: nobody is to follow."""
+    self._closed.set()
+    if self._mine:
+      self._write(_FOLLOWED)
+      self._mine.close()
+
+  def _write(self, text: str) -> None:
+    self._mine.truncate(0)
+    self._mine.write(text)
+    self._mine.flush()
+
+  def _look(self) -> None:
+    since = None
+    while not self._closed.wait(_LOOK_SECONDS):
+      gone = self.gone()
+      since = (since or time.monotonic()) if gone else None
+      if gone and time.monotonic() - since > GRACE_SECONDS:
+        self._end(gone, "what was waited for with it cannot come")
+
+  def _end(self, gone: list[str], reason: str) -> None:
+    """At once: what waits for the others at the end of a program hangs."""
     self._write(_FOLLOWED)
-    reason = str(error).strip().split("\n")[0][:120]
     print(
       f"dsv3: error: {', '.join(gone)} of the run ended without the others "
       f"({reason}); the same command goes on from the newest checkpoint",
@@ -71,8 +95,3 @@ class Presence:
       flush=True,
     )
     os._exit(1)
-
-  def close(self) -> None:
-    if self._mine:
-      self._write(_FOLLOWED)
-      self._mine.close()

@@ -124,6 +124,7 @@ class _Trainer:
     changed = run.changes(workdir, values)
     self.presence = Presence(workdir)
     processes.wait_for_all("run folder read")
+    self.presence.watch()
     self.log = self.progress = Silence()
     if first:
       run.record(workdir, values, given)

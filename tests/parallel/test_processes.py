@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from dsv3.config import ConfigError
-from dsv3.parallel import processes
+from dsv3.parallel import presence, processes
 from dsv3.train import layout, loop
 from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.logs import read_metrics
@@ -113,7 +113,7 @@ def test_sigterm_to_one_saves_on_all(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_process_is_named_and_the_next_start_goes_on(corpus, tmp_path):
-  """Of four, with the bound that `processes.HEARTBEAT_SECONDS` states."""
+  """Of four; with the bound that `presence.GRACE_SECONDS` states."""
   diff = {**corpus, "mesh.data": 4, "mesh.expert": 2, "train.steps": 100_000}
   diff |= {"schedule.batch_size": 8, "schedule.batch_size_start": 8}
   config = micro.write_config(tmp_path / "c.py", diff)
@@ -127,7 +127,8 @@ def test_a_killed_process_is_named_and_the_next_start_goes_on(corpus, tmp_path):
   started[2].kill()
   killed = time.monotonic()
   texts = finish(started)
-  assert time.monotonic() - killed < processes.HEARTBEAT_SECONDS + 15
+  # None waits for JAX's own heartbeat, wherever it was when the other went.
+  assert time.monotonic() - killed < presence.GRACE_SECONDS + 10
   assert all(process.returncode for process in started)
   told = f"process 2 ({socket.gethostname()}, pid {started[2].pid})"
   assert any(told in text for text in texts), texts
