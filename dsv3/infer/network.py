@@ -85,10 +85,10 @@ def run_block(
 def _attention(block, h_BLD, layer, window, first):
   mla = block.attention
   offset_B, inside_BL, absorbed = window
-  turns, offset_B1 = rope_frequencies(mla.model), offset_B[:, None]
-  q = mla.queries(h_BLD, turns, offset_B1)
-  layer = caches.write(layer, *mla.latent(h_BLD, turns, offset_B1), offset_B)
-  slots_BL = offset_B1 + jnp.arange(h_BLD.shape[1])
+  slots_BL = offset_B[:, None] + jnp.arange(h_BLD.shape[1])
+  turns = rope_frequencies(mla.model), slots_BL
+  q = mla.queries(h_BLD, *turns)
+  layer = caches.write(layer, *mla.latent(h_BLD, *turns), offset_B)
   slots_M = jnp.arange(layer.c_kv_BMC.shape[1])
   if absorbed:
     sees_BLM = slots_BL[..., None] >= slots_M

@@ -49,9 +49,10 @@ class Gqa(nnx.Module):
     self.placement = placement
 
   def __call__(self, h_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
-    frequencies_R = rope_frequencies(self.model)
-    q = self.queries(h_BLD, frequencies_R)
-    k_r = rope.rotate(linear(self.gemm.dot, h_BLD, self.w_kr), frequencies_R)
+    positions_L = self.placement.dealt(jnp.arange(h_BLD.shape[1]))
+    turns = rope_frequencies(self.model), positions_L
+    q = self.queries(h_BLD, *turns)
+    k_r = rope.rotate(linear(self.gemm.dot, h_BLD, self.w_kr), *turns)
     k = jnp.concatenate([linear(self.gemm.dot, h_BLD, self.w_k), k_r], axis=-1)
     v_BLHV = linear(self.gemm.dot, h_BLD, self.w_v)
     run = self.placement.spread(

@@ -42,8 +42,8 @@ class Queries(nnx.Module):
     self.rank = a.q_rank
     self.gemm = gemm
 
-  def __call__(self, h_BLD, frequencies_R, offset=0) -> jax.Array:
-    """[B, L, H, N + R]; `offset` is the position of the first, as in `rotate`."""
+  def __call__(self, h_BLD, frequencies_R, positions_L=None) -> jax.Array:
+    """[B, L, H, N + R]; positions as in `rotate`."""
     c_q = h_BLD
     if self.rank:
       with jax.named_scope("eq6"):
@@ -53,7 +53,7 @@ class Queries(nnx.Module):
       q_c_BLHN = linear(self.gemm.dot, c_q, self.w_uq)
     with jax.named_scope("eq8"):
       q_r_BLHR = linear(self.gemm.dot, c_q, self.w_qr)
-      q_r_BLHR = rope.rotate(q_r_BLHR, frequencies_R, offset)
+      q_r_BLHR = rope.rotate(q_r_BLHR, frequencies_R, positions_L)
     with jax.named_scope("eq9"):
       return jnp.concatenate([q_c_BLHN, q_r_BLHR], axis=-1)
 
@@ -89,7 +89,7 @@ class Mla(nnx.Module):
     self.placement = placement
 
   def latent(
-    self, h_BLD, frequencies_R, offset=0
+    self, h_BLD, frequencies_R, positions_L=None
   ) -> tuple[jax.Array, jax.Array]:
     """The latent c_kv (normed) and the shared rotated key (Eq. 1, 3)."""
     with jax.named_scope("eq1"):
@@ -98,8 +98,8 @@ class Mla(nnx.Module):
       )
     with jax.named_scope("eq3"):
       k_r_BLR = checkpoint_name(linear(self.gemm.dot, h_BLD, self.w_kr), "k_r")
-      k_r_BLR = rope.rotate(k_r_BLR[:, :, None], frequencies_R, offset)[:, :, 0]
-    return self.kv_norm(c_kv_BLC), k_r_BLR
+      k_r_BLHR = rope.rotate(k_r_BLR[:, :, None], frequencies_R, positions_L)
+    return self.kv_norm(c_kv_BLC), k_r_BLHR[:, :, 0]
 
   def expand(self, c_kv_BLC, k_r_BLR) -> tuple[jax.Array, jax.Array]:
     """Keys and values of all heads from the latent (Eq. 2, 4, 5)."""
@@ -151,14 +151,15 @@ class Mla(nnx.Module):
     return project_out(o_BLHV, self.w_o, self.model, self.gemm)
 
   def __call__(self, h_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
-    frequencies_R = rope_frequencies(self.model)
-    q = self.queries(h_BLD, frequencies_R)
+    positions_L = self.placement.dealt(jnp.arange(h_BLD.shape[1]))
+    turns = rope_frequencies(self.model), positions_L
+    q = self.queries(h_BLD, *turns)
     run = self.placement.spread(
       functools.partial(attend_to_all, model=self.model, gemm=self.gemm),
       ("", "", "BLHX", "BLC", "BLR", "BL"),
       "BLHV",
     )
-    latent = self.latent(h_BLD, frequencies_R)
+    latent = self.latent(h_BLD, *turns)
     return self.output(run(self.w_uk, self.w_uv, q, *latent, segments_BL))
 
 
@@ -196,15 +197,14 @@ def attend_from_here(
   peers: Peers, q, k, v_BMHV, segments_BL, model
 ) -> jax.Array:
   """`attend` of this device's queries, with the keys of all positions at hand."""
-  return attend(
-    q,
-    k,
-    v_BMHV,
-    segments_BL,
-    model,
-    segments_BM=peers.whole(segments_BL, "L", 1),
-    start=peers.index("L") * q.shape[1],
-  )
+  segments_BM = peers.whole(segments_BL, "L", 1)
+  starts = peers.starts(q.shape[1])
+  runs = (jnp.split(x, len(starts), axis=1) for x in (q, segments_BL))
+  parts = [
+    attend(q, k, v_BMHV, ids_BL, model, segments_BM=segments_BM, start=start)
+    for q, ids_BL, start in zip(*runs, starts)
+  ]
+  return jnp.concatenate(parts, axis=1)
 
 
 def output_matrix(key: jax.Array, model: config.Model) -> Matrix:

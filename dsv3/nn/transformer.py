@@ -22,7 +22,9 @@ from dsv3.ops.placement import ONE_DEVICE, Placement
 class Output(NamedTuple):
   """What a forward pass returns; the head is applied by the loss."""
 
-  hidden: tuple[jax.Array, ...]  # [B, L, D] for the main model and every MTP
+  # [B, L, D] for the main model and every MTP, positions as placement.dealt has
+  # them: in their order where no devices share a row.
+  hidden: tuple[jax.Array, ...]
   traffic: moe.Traffic  # of all routers, [X, ...], MTP's last
 
 
@@ -75,7 +77,12 @@ class Transformer(nnx.Module):
   def loss(
     self, hidden_BLD: jax.Array, labels_BL: jax.Array, *, z_loss: bool = False
   ) -> TokenLoss:
-    """Cross-entropy of the output head, summed over the labels (Eq. 24)."""
+    """Cross-entropy of the output head, summed over the labels (Eq. 24).
+
+    Labels are in their order, hidden states as `__call__` returns them.
+    """
+
+    labels_BL = self.placement.dealt(labels_BL)
 
     def of_part(peers, head, hidden_BLD, labels_BL):
       part = cross_entropy(hidden_BLD, head[...], labels_BL, z_loss=z_loss)
@@ -99,6 +106,8 @@ class Transformer(nnx.Module):
     """
     if segments_BL is None:
       segments_BL = jnp.ones(tokens_BL.shape, jnp.int32)
+    dealt = self.placement.dealt
+    tokens_BL, segments_BL = dealt(tokens_BL), dealt(segments_BL)
     x_BLD = self.embedding(tokens_BL)
     traffics = [moe.no_traffic(len(tokens_BL), self.model.moe.n_routed)]
     for name in ("dense", "moe"):
@@ -110,7 +119,7 @@ class Transformer(nnx.Module):
     if ahead_BPL is not None and self.model.mtp.depth:
       before = self.model.mtp.hidden == "before_norm"
       more, traffic = self.predict_ahead(
-        x_BLD if before else hidden[0], segments_BL, ahead_BPL
+        x_BLD if before else hidden[0], segments_BL, dealt(ahead_BPL)
       )
       hidden += more
       traffics += [traffic] if traffic is not None else []
@@ -124,7 +133,7 @@ class Transformer(nnx.Module):
     is the state after that depth's final norm, as inference engines feed it.
     """
     hidden, traffics = [], []
-    positions_L = jnp.arange(h_BLD.shape[1])
+    positions_L = self.placement.dealt(jnp.arange(h_BLD.shape[1]))
     for k in range(self.model.mtp.depth):
       module = jax.tree.map(lambda a, k=k: a[k], self.mtp)
       next_BL = ahead_BPL[:, k]

@@ -19,14 +19,15 @@ class Peers:
   """The other devices, to a function that each runs on its own part.
 
   total(x, dims): the sum of x over the devices that share these dims.
-  whole(x, dim, axis): the parts of x along `dim`, its `axis`, side by side.
-  index(dim): which part of `dim` is here, from 0.
+  whole(x, dim, axis): the parts of x along `dim`, its `axis`, in their order.
+  starts(n): of the n positions here, the first of each run of neighbours; the
+    runs are equally long.
   exchange: as `dispatch.through_experts`, wherever the experts are.
   """
 
   total: Callable[[Any, str], Any]
   whole: Callable[[jax.Array, str, int], jax.Array]
-  index: Callable[[str], jax.Array | int]
+  starts: Callable[[int], Sequence[jax.Array | int]]
   exchange: Callable[..., tuple]
 
 
@@ -35,6 +36,8 @@ class Placement:
   """Where the arrays of a model lie, and which device computes what.
 
   place(x, dims): x, shared out by its dims: "BLD" deals sequences.
+  dealt(x): x with positions, its last dim, in the order of the devices that share
+    them: each has early and late ones, so that all have as much past to see.
   gather(module): a module, its weights as products read them.
   spread(function, dims_in, dims_out): `function`, run by every device on its
     own part. It takes Peers and then arrays of these dims, or modules (""). What
@@ -42,6 +45,7 @@ class Placement:
   """
 
   place: Callable[[Any, str], Any]
+  dealt: Callable[[jax.Array], jax.Array]
   gather: Callable[[Any], Any]
   spread: Callable[[Callable, Sequence[str], Any], Callable]
 
@@ -49,12 +53,13 @@ class Placement:
 ALONE = Peers(
   total=lambda x, dims: x,
   whole=lambda x, dim, axis: x,
-  index=lambda dim: 0,
+  starts=lambda n: (0,),
   exchange=through_experts,
 )
 
 ONE_DEVICE = Placement(
   place=lambda x, dims: x,
+  dealt=lambda x: x,
   gather=lambda module: module,
   spread=lambda function, dims_in, dims_out: functools.partial(function, ALONE),
 )

@@ -68,13 +68,14 @@ def softmax_scale(
 
 
 def rotate(
-  x_BLHR: jax.Array, frequencies_R: np.ndarray, offset: int | jax.Array = 0
+  x_BLHR: jax.Array,
+  frequencies_R: np.ndarray,
+  positions_L: jax.Array | None = None,
 ) -> jax.Array:
   """RoPE(.) of Eq. 3 and 8: turns pair r at position l by l * frequency r.
 
   Computed in float32, returned in the type of `x_BLHR`. `frequencies_R` has
-  R / 2 entries; `offset` is the position of the first of the L, one for all
-  sequences or [B, 1], one for each.
+  R / 2 entries; `positions_L` is [L] for all sequences or [B, L], None 0 .. L-1.
 
   >>> x = jnp.ones((1, 2, 1, 2))
   >>> rotate(x, np.array([jnp.pi / 2]))[0, 1, 0].round(3).tolist()
@@ -82,8 +83,10 @@ def rotate(
   """
   pairs = x_BLHR.astype(jnp.float32).reshape(*x_BLHR.shape[:-1], -1, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
-  positions_L = jnp.arange(x_BLHR.shape[1], dtype=jnp.float32) + offset
-  angle_L1R = (positions_L[..., None] * frequencies_R)[..., None, :]
+  if positions_L is None:
+    positions_L = jnp.arange(x_BLHR.shape[1])
+  positions_L1 = positions_L.astype(jnp.float32)[..., None]
+  angle_L1R = (positions_L1 * frequencies_R)[..., None, :]
   cos, sin = jnp.cos(angle_L1R), jnp.sin(angle_L1R)
   turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
   return turned.reshape(x_BLHR.shape).astype(x_BLHR.dtype)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsv3.config import Mesh
 from dsv3.ops.linear import Weight
 from dsv3.ops.placement import ALONE, ONE_DEVICE, Peers, Placement
-from dsv3.parallel import table
+from dsv3.parallel import positions, table
 from dsv3.parallel.exchange import Exchange, NodeExchange
 
 
@@ -33,6 +33,7 @@ def make(
 
   return Placement(
     place=place,
+    dealt=functools.partial(positions.deal, n_devices=sizes.context),
     gather=functools.partial(_gather, sizes=sizes, mesh=mesh),
     spread=functools.partial(
       _spread, peers=peers_of(sizes, exchange), mesh=mesh
@@ -151,15 +152,19 @@ def peers_of(sizes: Mesh, kernel: str) -> Peers:
 
   def whole(x, dim, axis):
     axes = axes_of(dim)
-    return lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
+    if not axes:
+      return x
+    x = lax.all_gather(x, axes, axis=axis, tiled=True)
+    return positions.gather_up(x, sizes.context, axis) if dim == "L" else x
 
-  def index(dim):
-    axes = axes_of(dim)
-    return lax.axis_index(axes) if axes else 0
+  def starts(n):
+    if sizes.context == 1:
+      return (0,)
+    return positions.starts(n, lax.axis_index("context"), sizes.context)
 
   exchange, nodes = ALONE.exchange, sizes.expert_nodes
   if sizes.along("expert") > 1:
     exchange = Exchange("expert", sizes.along("expert"), kernel)
   if nodes > 1:
     exchange = NodeExchange("node", nodes, exchange, kernel)
-  return Peers(total, whole, index, exchange)
+  return Peers(total, whole, starts, exchange)

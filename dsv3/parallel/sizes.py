@@ -51,7 +51,12 @@ def check_model(
     divides("tensor", a.n_kv_heads, "model.attention.n_kv_heads")
   divides("tensor", model.dense_hidden, "model.dense_hidden")
   divides("fsdp", model.dim, "model.dim")
-  divides("context", values.data.seq_len, "data.seq_len")
+  length = values.data.seq_len
+  if mesh.context > 1 and length % (2 * mesh.context):
+    raise ConfigError(
+      f"{where}context: found {mesh.context}, wanted a divisor of half of "
+      f"data.seq_len = {length}: a device has early positions and late ones"
+    )
 
 
 def check_batches(mesh: Mesh, values: config.Config) -> None:

@@ -1,6 +1,7 @@
 """RoPE of Eq. 3 and 8, and YaRN (Sec. 4.3)."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,7 +32,8 @@ def yarn(rope_dim, fields):
 
 def test_eq3_eq8_rotation_of_adjacent_pairs():
   x_BLHR = np.random.default_rng(0).normal(size=(2, 7, 3, 8)).astype("float32")
-  found = jax.jit(lambda x: rope.rotate(x, rope.frequencies(8), 100))(x_BLHR)
+  positions_L = 100 + jnp.arange(7)
+  found = jax.jit(rope.rotate)(x_BLHR, rope.frequencies(8), positions_L)
   for b, i, h in np.ndindex(2, 7, 3):
     wanted = oracle.rotate(
       x_BLHR[b, i, h].astype(np.float64),
