@@ -145,4 +145,5 @@ def get_config() -> ConfigDict:
   mesh.tensor = 1  # ours; Sec. 3.2: none
   mesh.stage = 1  # ours; Sec. 3.2: 16
   mesh.expert_nodes = 1  # ours; Sec. 3.2: 8
+  mesh.expert_rows = 0.0  # ours
   return config

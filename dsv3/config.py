@@ -234,6 +234,9 @@ class Mesh:
   tensor: int = 1  # heads and hidden widths (TP)
   stage: int = 1  # layers (PP)
   expert_nodes: int = 1  # of `expert`: a token goes to a node once, then inside
+  # Rows from a device to the experts of another at a time, over the mean; more of
+  # them go in further rounds. 0: buffers for all that there may be.
+  expert_rows: float = 0.0
 
   @property
   def size(self) -> int:
@@ -259,8 +262,9 @@ class Mesh:
     return getattr(self, axis)
 
   def __str__(self) -> str:
-    sizes = dataclasses.asdict(self).items()
-    return ",".join(f"{a}={n}" for a, n in sizes if n != 1) or "data=1"
+    fields = dataclasses.fields(self)
+    sizes = [(f.name, getattr(self, f.name), f.default) for f in fields]
+    return ",".join(f"{a}={n}" for a, n, one in sizes if n != one) or "data=1"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`dsv3 plan`: the planner's answer as text, JSON or a page."""
 
 import argparse
+import ast
 import json
 import pathlib
 
@@ -54,7 +55,7 @@ def _lower(arguments: argparse.Namespace) -> int:
   given = [
     part.split("=") for part in (arguments.mesh or "").split(",") if part
   ]
-  diff = {f"mesh.{axis}": int(size) for axis, size in given}
+  diff = {f"mesh.{axis}": ast.literal_eval(size) for axis, size in given}
   if given:
     diff = {"mesh.data": 1} | diff
   if arguments.microbatches:

@@ -22,8 +22,11 @@ from dsv3.infer import cache as caches
 from dsv3.infer import cpu, mtp
 from dsv3.infer.cache import Cache
 from dsv3.infer.network import Network, Window, run_blocks
+from dsv3.infer.redundant import with_copies
 from dsv3.nn.transformer import Transformer
 from dsv3.ops.gemm import Gemm, plain
+from dsv3.ops.placement import ONE_DEVICE, Placement
+from dsv3.parallel import eplb
 
 
 class Past(NamedTuple):
@@ -37,10 +40,19 @@ class Past(NamedTuple):
 class Decoder:
   """Weights laid out for decoding, and the compiled functions.
 
+  A model on a mesh decodes there, sequences dealt to all devices. `copies` are of
+  busy experts, and where they lie.
+
   Raises ConfigError for attention without a latent.
   """
 
-  def __init__(self, model: Transformer, *, cache_dtype: str | None = None):
+  def __init__(
+    self,
+    model: Transformer,
+    *,
+    cache_dtype: str | None = None,
+    copies: eplb.Placement | None = None,
+  ):
     self.model: config.Model = model.model
     if self.model.attention.kind != "mla":
       raise ConfigError(
@@ -52,7 +64,8 @@ class Decoder:
         f"cache: found {cache_dtype}, wanted one of {', '.join(caches.DTYPES)}"
       )
     self.cache_dtype = cache_dtype
-    _, weights = nnx.split(Network(model))
+    copied = lambda model: with_copies(model, copies) if copies else model
+    _, weights = nnx.split(Network(copied(model)))
     if jax.default_backend() == "cpu" and self.model.dtype == "bfloat16":
       self.dtype, on_cpu = "float32", cpu.GEMM
       weights = cpu.as_used(weights)
@@ -60,8 +73,9 @@ class Decoder:
       self.dtype, on_cpu = self.model.dtype, None
       weights = _as_used(weights, self.dtype)
     self.weights = nnx.as_pure(weights)  # Variables cost 0.1 ms a call
+    build = functools.partial(_transformer, placement=model.placement)
     self.graphdef = jax.eval_shape(
-      lambda: nnx.split(_network(self.model, self.dtype, on_cpu))
+      lambda: nnx.split(Network(copied(build(self.model, self.dtype, on_cpu))))
     )[0]
     self._compiled = {}
 
@@ -140,16 +154,21 @@ class Decoder:
     return step(self.weights, cache, tokens_B)
 
 
-def _network(
-  model: config.Model, dtype: str, gemm: Gemm | None = None
-) -> Network:
-  """The network of a config, computing in `dtype`; no operand is quantised.
+def _transformer(
+  model: config.Model,
+  dtype: str,
+  gemm: Gemm | None = None,
+  placement: Placement = ONE_DEVICE,
+) -> Transformer:
+  """The model of a config, computing in `dtype`; no operand is quantised.
 
   None is the plain Gemm.
   """
   values = dataclasses.replace(model, dtype=dtype)
   gemm = gemm or plain(dtype, model.moe.kernel)
-  return Network(Transformer(values, gemm=gemm, key=jax.random.key(0)))
+  return Transformer(
+    values, gemm=gemm, key=jax.random.key(0), placement=placement
+  )
 
 
 def _as_used(weights: nnx.State, dtype: str) -> nnx.State:
@@ -160,7 +179,8 @@ def _as_used(weights: nnx.State, dtype: str) -> nnx.State:
 
   def leaf(path, x):
     keys = {getattr(key, "key", None) for key in path}
-    return x if x.ndim < 2 or "router" in keys else x.astype(dtype)
+    stays = x.ndim < 2 or keys & {"router", "slots"}
+    return x if stays else x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(leaf, weights)
 

@@ -30,7 +30,7 @@ from dsv3.lab import sweep
 NEUTRAL = frozenset(
   "name data.cache train.log_every train.checkpoint_every "
   "train.checkpoints_kept train.max_skipped mesh.data mesh.fsdp mesh.expert "
-  "mesh.context mesh.tensor mesh.stage mesh.expert_nodes".split()
+  "mesh.context mesh.tensor mesh.stage mesh.expert_nodes mesh.expert_rows".split()
 )
 _NAME = re.compile(r"[\w.,=+-]{1,100}")
 

@@ -8,13 +8,17 @@ from flax import nnx
 
 from dsv3 import config
 from dsv3.nn.layers import Ffn, linear, matrix, weight
-from dsv3.ops import balance, dispatch, routing
+from dsv3.ops import balance, copies, dispatch, routing
 from dsv3.ops.gemm import Gemm
 from dsv3.ops.placement import ONE_DEVICE, Peers, Placement
 
 
 class RouterBias(nnx.Variable):
   """b of Eq. 16: float32, and no Param, so no optimizer and no decay."""
+
+
+class Slots(nnx.Variable):
+  """[E, C] int32: where an expert's copies are (`ops/copies.py`); `n` in all."""
 
 
 class Traffic(NamedTuple):
@@ -119,6 +123,7 @@ class Moe(nnx.Module):
         gemm=gemm,
         key=keys[2],
       )
+    self.slots: Slots | None = nnx.data(None)  # in training no expert is twice
     self.moe = m
     self.placement = placement
 
@@ -128,17 +133,24 @@ class Moe(nnx.Module):
     """The output, without the residual, and the traffic."""
     run = self.placement.spread(
       route_and_run,
-      ("", "", "BLD", "BL"),
+      ("", "", "", "BLD", "BL"),
       ("BLD", Traffic("_", "B_", "B_", "")),
     )
-    y_BLD, traffic = run(self.router, self.experts, u_BLD, segments_BL)
+    modules = self.router, self.experts, self.slots
+    y_BLD, traffic = run(*modules, u_BLD, segments_BL)
     if self.moe.n_shared:
-      y_BLD = y_BLD + self.shared(u_BLD)
+      with jax.named_scope("shared"):
+        y_BLD = y_BLD + self.shared(u_BLD)
     return y_BLD, traffic
 
 
 def route_and_run(
-  peers: Peers, router: Router, experts: Experts, u_BLD, segments_BL
+  peers: Peers,
+  router: Router,
+  experts: Experts,
+  slots: Slots | None,
+  u_BLD,
+  segments_BL,
 ) -> tuple[jax.Array, Traffic]:
   """The routed experts' part of Eq. 12 for the tokens of this device.
 
@@ -150,9 +162,17 @@ def route_and_run(
   valid_T1 = (segments_BL.reshape(-1) > 0)[:, None]
   experts_TK = jnp.where(valid_T1, routed.experts_TK, m.n_routed)  # or none
   with jax.named_scope("eq12"):
-    y_TD, load_E, moved = peers.exchange(
-      experts, u_TD, experts_TK, routed.gate_TK, m.n_routed
-    )
+    if slots is None:
+      y_TD, load_E, moved = peers.exchange(
+        experts, u_TD, experts_TK, routed.gate_TK, m.n_routed
+      )
+    else:
+      slot_EC, n = slots[...], slots.n
+      slot_TK = copies.choose(slot_EC, experts_TK, n)
+      y_TD, load_S, moved = peers.exchange(
+        experts, u_TD, slot_TK, routed.gate_TK, n
+      )
+      load_E = copies.load_of_experts(slot_EC, load_S)
     y_TD = peers.total(y_TD, "F")
   count_BE, mass_BE = balance.sequence_statistics(
     routed.affinity_TE, segments_BL, m.top_k

@@ -13,6 +13,7 @@ same product; they differ in the platform they are fast on:
 import functools
 import importlib.util
 import logging
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -200,10 +201,15 @@ def _tokamax(x_AI, w_EIO, load_E):
 def _tokamax_dot():
   try:
     import tokamax
+    from absl import flags
   except ImportError as error:
     raise ImportError(
       "grouped_matmul: kernel 'tokamax' needs the package: pip install tokamax"
     ) from error
+  if (
+    not flags.FLAGS.is_parsed()
+  ):  # it would read the program's own command line
+    flags.FLAGS(sys.argv[:1])
   return tokamax.ragged_dot_general
 
 

@@ -2,11 +2,13 @@
 
 A device has rows sorted by expert, and experts lie on the devices of an axis in
 order, so what one device sends to another is one run of rows. How many they are
-only the router knows: buffers are as long as they may have to be.
+only the router knows. Buffers are as long as they may have to be; or they hold some
+rows of every run, and what is longer goes in further rounds.
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,37 +26,94 @@ class Exchange:
   How rows move is the kernel: "blocks" of equal length by `all_to_all`, on any
   platform; "ragged" by `ragged_all_to_all`, only rows that there are, which XLA
   has not on CPUs; "auto" the one of the platform that is compiled for.
+
+  `room` is how many rows of a run go at a time, over the mean of all runs; 0: all
+  that may be. All devices, `everyone` by its axes, take as many rounds as the
+  longest run wants. `run` is a pytree: what it holds has a gradient.
   """
 
   axis: str
   size: int
   kernel: str = "auto"
+  room: float = 0.0
+  everyone: tuple[str, ...] = ()
 
-  def __call__(self, run, x_TD, experts_TK, gate_TK, n_experts: int):
+  def __call__(
+    self, run, x_TD, experts_TK, gate_TK, n_experts: int, expected: int = 0
+  ):
+    """`expected` are the choices of a device on average; 0: as many as here."""
     n_here, most = n_experts // self.size, len(x_TD)
     most *= min(experts_TK.shape[1], n_here)  # from one device to one other
+    rows = most
+    if self.room:
+      mean = (expected or experts_TK.size) / self.size
+      rows = min(most, math.ceil(self.room * mean))
+    valid_T = jnp.ones(len(x_TD), bool)
+    plan = dispatch.plan(experts_TK, valid_T, n_experts)
+    load_PE = lax.all_gather(plan.load_E, self.axis)  # of all devices P
+    load_PPE = load_PE.reshape(self.size, self.size, n_here)
+    how, sizes = (run, x_TD, gate_TK), (plan, load_PPE)
+    y_TD = self._send(0, rows, *how, *sizes)
+    if rows < most:
+      longest = lax.pmax(load_PPE.sum(-1).max(), self.everyone or self.axis)
+      y_TD += _further(self, rows, most, how, sizes, longest)
     here = lax.axis_index(self.axis)
-    to = (self.axis, most, self.kernel)
-    elsewhere = []
+    elsewhere = plan.load_E.sum() - load_PPE[here, here].sum()
+    moved = dispatch.nothing_moved()._replace(inside_nodes=elsewhere)
+    return y_TD, plan.load_E, moved
 
-    def run_there(x_AD, gate_A, load_E):
-      load_PE = lax.all_gather(load_E, self.axis)  # of all devices P
-      sent_PP = load_PE.reshape(self.size, self.size, n_here).sum(-1)
-      elsewhere.append(sent_PP[here].sum() - sent_PP[here, here])
-      x_RD = move(x_AD, sent_PP, *to)
-      gate_R = move(gate_A[:, None], sent_PP, *to)
-      load_PE = lax.dynamic_slice_in_dim(load_PE, here * n_here, n_here, axis=1)
-      arrivals = plan_arrivals(load_PE, len(x_RD))
-      x_RD = dispatch.dispatch(x_RD, arrivals)
-      gate_R = dispatch.sort_gates(gate_R, arrivals)
-      y_RD = dispatch.combine(run(x_RD, gate_R, arrivals.load_E), arrivals)
-      return move_back(y_RD, sent_PP, *to, len(x_AD))
+  def _send(self, first, rows, run, x_TD, gate_TK, plan, load_PPE):
+    """What the experts make of rows first .. first + rows of every run."""
+    here = lax.axis_index(self.axis)
+    to = (self.axis, rows, self.kernel)
+    part = part_of(plan, load_PPE[here].sum(-1), first, rows)
+    load_PPE = part_of_loads(load_PPE, first, rows)
+    sent_PP = load_PPE.sum(-1)
+    x_AD = dispatch.dispatch(x_TD, part)
+    gate_A = dispatch.sort_gates(gate_TK, part)
+    x_RD = move(x_AD, sent_PP, *to)
+    gate_R = move(gate_A[:, None], sent_PP, *to)
+    arrivals = plan_arrivals(load_PPE[:, here], len(x_RD))
+    x_RD = dispatch.dispatch(x_RD, arrivals)
+    gate_R = dispatch.sort_gates(gate_R, arrivals)
+    y_RD = dispatch.combine(run(x_RD, gate_R, arrivals.load_E), arrivals)
+    y_AD = move_back(y_RD, sent_PP, *to, len(x_AD))
+    return dispatch.combine(y_AD, part)
 
-    y_TD, load_E, _ = dispatch.through_experts(
-      run_there, x_TD, experts_TK, gate_TK, n_experts
-    )
-    moved = dispatch.nothing_moved()._replace(inside_nodes=elsewhere[0])
-    return y_TD, load_E, moved
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _further(exchange: Exchange, rows, most, how, sizes, longest):
+  """The sum of all rounds after the first, of which there may be none.
+
+  The gradient computes a round again. Nothing of it is kept, whatever the model's
+  remat would: there are as many as could be, and nearly all are skipped.
+  """
+  none = lambda run, x_TD, gate_TK: jnp.zeros_like(x_TD)
+
+  @jax.checkpoint
+  def of_round(first, how):
+    there_is = lambda *how: exchange._send(first, rows, *how, *sizes)
+    return lax.cond(first < longest, there_is, none, *how)
+
+  def rounds(*how):
+    add = lambda y_TD, first: (y_TD + of_round(first, how), None)
+    firsts = jnp.arange(rows, most, rows)
+    return lax.scan(add, jnp.zeros_like(how[1]), firsts)[0]
+
+  return lax.cond(rows < longest, rounds, none, *how)
+
+
+def _further_forward(exchange, rows, most, how, *counts):
+  return _further(exchange, rows, most, how, *counts), (how, counts)
+
+
+def _further_backward(exchange, rows, most, saved, dy_TD):
+  how, counts = saved
+  again = lambda how: _further.fun(exchange, rows, most, how, *counts)
+  return *jax.vjp(again, how)[1](dy_TD), None, None
+
+
+_further.defvjp(_further_forward, _further_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +147,10 @@ class NodeExchange:
     expert_RK = id_RK - 1 - here * n_there
     is_here_RK = (expert_RK >= 0) & (expert_RK < n_there)
     expert_RK = jnp.where(is_here_RK, expert_RK, n_there)
-    y_RD, _, moved = self.inside(run, x_RD, expert_RK, gate_RK, n_there)
+    inside = self.inside
+    if isinstance(inside, Exchange):  # most rows and choices are of no token
+      inside = functools.partial(inside, expected=experts_TK.size)
+    y_RD, _, moved = inside(run, x_RD, expert_RK, gate_RK, n_there)
     y_AD = move_back(y_RD, sent_PP, *to, len(plan.order_A))
     load_E = jnp.bincount(experts_TK.reshape(-1), length=n_experts)
     between = sent_PP[here].sum() - sent_PP[here, here]
@@ -107,6 +169,46 @@ def distinct(node_TK: jax.Array, n_nodes: int) -> jax.Array:
   used_TS = (node_TK[..., None] == jnp.arange(n_nodes)).any(1)
   node_TS = jnp.sort(jnp.where(used_TS, jnp.arange(n_nodes), n_nodes), axis=1)
   return node_TS[:, : node_TK.shape[1]]
+
+
+def part_of(
+  plan: dispatch.Plan, sent_P: jax.Array, first, rows: int
+) -> dispatch.Plan:
+  """Of every device's run of assignments those from `first` on, `rows` at most.
+
+  They lie side by side. Behind them is at least one row of no assignment, which is
+  where those stand that are not of this part.
+  """
+  n = len(plan.order_A)
+  if isinstance(first, int) and rows >= n:
+    return plan
+  start_P = jnp.cumsum(sent_P) - sent_P
+  part_P = jnp.clip(sent_P - first, 0, rows)
+  end_P = jnp.cumsum(part_P)
+  last = len(sent_P) - 1
+  size = min(n, rows * len(sent_P)) + 1
+  row_A = jnp.arange(size)
+  device_A = jnp.searchsorted(end_P, row_A, side="right")
+  device_A = jnp.minimum(device_A, last)
+  shift_P = start_P + first - (end_P - part_P)  # from a place here to one there
+  order_A = plan.order_A[jnp.clip(row_A + shift_P[device_A], 0, n - 1)]
+  device_TK = jnp.searchsorted(start_P + sent_P, plan.place_TK, side="right")
+  device_TK = jnp.minimum(device_TK, last)
+  along_TK = plan.place_TK - start_P[device_TK] - first
+  is_here_TK = (along_TK >= 0) & (along_TK < part_P[device_TK])
+  place_TK = plan.place_TK - shift_P[device_TK]
+  place_TK = jnp.where(is_here_TK, place_TK, size - 1)
+  return dispatch.Plan(order_A, place_TK, plan.load_E)
+
+
+def part_of_loads(load_PPE: jax.Array, first, rows: int) -> jax.Array:
+  """Rows of every expert among `rows` of each run, from `first` on.
+
+  >>> part_of_loads(jnp.array([3, 0, 4]), 2, 4).tolist()
+  [1, 0, 3]
+  """
+  ends_PPE = jnp.clip(jnp.cumsum(load_PPE, axis=-1) - first, 0, rows)
+  return jnp.diff(ends_PPE, axis=-1, prepend=0)
 
 
 def plan_arrivals(load_PE: jax.Array, n_rows: int) -> dispatch.Plan:

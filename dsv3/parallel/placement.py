@@ -14,6 +14,7 @@ from dsv3.ops.linear import Weight
 from dsv3.ops.placement import ALONE, ONE_DEVICE, Peers, Placement
 from dsv3.parallel import positions, table
 from dsv3.parallel.exchange import Exchange, NodeExchange
+from dsv3.parallel.mesh import ORDER
 
 
 def make(
@@ -164,7 +165,9 @@ def peers_of(sizes: Mesh, kernel: str) -> Peers:
 
   exchange, nodes = ALONE.exchange, sizes.expert_nodes
   if sizes.along("expert") > 1:
-    exchange = Exchange("expert", sizes.along("expert"), kernel)
+    everyone = tuple(a for a in ORDER if sizes.along(a) > 1)
+    how = kernel, sizes.expert_rows, everyone
+    exchange = Exchange("expert", sizes.along("expert"), *how)
   if nodes > 1:
     exchange = NodeExchange("node", nodes, exchange, kernel)
   return Peers(total, whole, starts, exchange)

@@ -52,7 +52,7 @@ def collectives_of(text: str) -> list[Collective]:
 
   walk(entry, 1)
   return [
-    Collective(kind, result, count, _size(result))
+    Collective(kind, result, count, size(result))
     for (kind, result), count in found.items()
   ]
 
@@ -83,7 +83,12 @@ def _result(shape: str, started: bool) -> str:
   return " ".join(arrays)
 
 
-def _size(result: str) -> int:
+def size(result: str) -> int:
+  """Bytes of arrays, by their text.
+
+  >>> size("bf16[2,3] s32[]")
+  16
+  """
   return sum(
     _bytes(kind) * _elements(dims)
     for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)

@@ -49,6 +49,11 @@ EXCHANGES = {
   "2 nodes of 4, ragged": NodeExchange(
     "node", 2, Exchange("expert", 4, "ragged"), "ragged"
   ),
+  "8 devices in rounds": Exchange("expert", 8, "blocks", 0.5, AT),
+  "8 devices, ragged in rounds": Exchange("expert", 8, "ragged", 1.0, AT),
+  "2 nodes of 4 in rounds": NodeExchange(
+    "node", 2, Exchange("expert", 4, "blocks", 0.7, AT), "blocks"
+  ),
   "8 nodes of 1": NodeExchange("node", 8, dispatch.through_experts, "blocks"),
 }
 
@@ -80,10 +85,11 @@ def inputs(kind: str):
 
 
 def through(exchange, x_TD, gate_TK, w_EDD, experts_TK):
-  def run(x_AD, gate_A, load_E):
+  def run(w_EDD, x_AD, gate_A, load_E):
     y_AD = grouped_matmul(x_AD, w_EDD, load_E, kernel="dense")
     return jnp.sin(y_AD) * gate_A[:, None]
 
+  run = jax.tree_util.Partial(run, w_EDD)
   return exchange(run, x_TD, experts_TK, gate_TK, E)
 
 

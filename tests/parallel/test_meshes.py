@@ -39,6 +39,8 @@ MORE = [  # twenty seconds each, most of it compilation: pytest -m slow
   {"fsdp": 2},
   {"tensor": 2},
   {"expert": 4, "expert_nodes": 2},
+  {"expert": 4, "expert_rows": 1.0, "data": 2},
+  {"expert": 4, "expert_nodes": 2, "expert_rows": 0.5},
   {"data": 2},
   {"data": 8},
   {"fsdp": 8},

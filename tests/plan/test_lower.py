@@ -66,19 +66,24 @@ def test_an_all_gather_of_all_experts_is_a_surprise():
 @pytest.mark.parametrize("dtype, n", [("float32", 1), ("bfloat16", 0)])
 def test_experts_that_multiply_in_float32_are_a_surprise(dtype, n):
   values = micro.config_of({"model.dtype": "bfloat16"})
-  m = values.model
-  x = jnp.zeros((8, m.dim), dtype)
-  w = jnp.zeros((m.moe.n_routed, m.dim, m.moe.hidden), dtype)
-  product = jax.jit(lambda x, w: jnp.einsum("ad,edf->aef", x, w))
-  jaxpr = jax.make_jaxpr(product)(x, w).jaxpr
-  assert len(lower._upcast(jaxpr, values)) == n
+  x, w = jnp.zeros((8, 4), dtype), jnp.zeros((2, 4, 3), dtype)
+
+  def experts(x, w):
+    with jax.named_scope("eq12"):
+      return jax.jit(lambda x, w: jnp.einsum("ad,edf->aef", x, w))(x, w)
+
+  jaxpr = jax.make_jaxpr(jax.grad(lambda *a: experts(*a).sum()))(x, w).jaxpr
+  assert bool(lower._upcast(jaxpr, values)) == n
   plain = micro.config_of({"model.dtype": "float32"})
   assert lower._upcast(jaxpr, plain) == []
+  elsewhere = jax.make_jaxpr(jax.grad(lambda x: (x @ w[0]).sum()))(x).jaxpr
+  assert lower._upcast(elsewhere, values) == []
 
 
-def test_xlas_warning_is_a_surprise():
-  said = ["x", "W0000 spmd: Involuntary full rematerialization of %dot.3"]
-  assert "%dot.3" in lower._remade(said)[0]
+def test_xlas_warning_about_a_large_array_is_a_surprise():
+  text = "W0 spmd: Involuntary full rematerialization of %dot.3 = f32[{},1024]"
+  (told,) = lower._remade(["x", text.format(9999), text.format(8)])
+  assert "f32[9999,1024]" in told
 
 
 @pytest.mark.parametrize("target", ["h200", "cpu:", "v5p:4x", ":8"])
