@@ -1,14 +1,16 @@
-"""Collectives in a compiled program, read from its text."""
+"""What a compiled program sends, and what it does meanwhile, read from its text."""
 
 import collections
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 COLLECTIVES = (
   "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all "
   "collective-permute collective-broadcast"
 ).split()
+_PRODUCTS = ("fusion", "custom-call", "dot", "convolution")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
 
 
@@ -19,15 +21,23 @@ class Collective(NamedTuple):
   result: str  # as bf16[64,7168]
   count: int  # times a step, loops unrolled
   bytes: int  # of one result on a device
+  sure: bool = True  # or only where a condition holds, then `count` at most
 
 
 _INSTRUCTION = re.compile(
   r"^\s+(?:ROOT )?%?\S+ = (.+?) ([a-z][\w-]*?)(-start)?\("
 )
 _CALLED = re.compile(
-  r"(?:body|to_apply|calls|condition|true_computation|false_computation)="
-  r"%?([\w.-]+)|branch_computations=\{([^}]*)\}"
+  r"(?:body|to_apply|calls|condition)=%?([\w.-]+)"
+  r"|(?:true|false)_computation=(%?[\w.-]+)|branch_computations=\{([^}]*)\}"
 )
+
+
+class Meanwhile(NamedTuple):
+  """Products of a scope, and how many run while rows are on their way."""
+
+  inside: int
+  all: int
 
 
 def collectives_of(text: str) -> list[Collective]:
@@ -35,26 +45,53 @@ def collectives_of(text: str) -> list[Collective]:
 
   A loop whose length the compiler does not know is counted once.
   """
-  bodies, entry = _computations(text)
   found = collections.Counter()
+  for _, line, times, sure in _run(text):
+    match = _INSTRUCTION.match(line)
+    if match and match[2] in COLLECTIVES:
+      found[match[2], _result(match[1], bool(match[3])), sure] += times
+  return [
+    Collective(kind, result, count, size(result), sure)
+    for (kind, result, sure), count in found.items()
+  ]
 
-  def walk(name: str, times: int) -> None:
-    for line in bodies.get(name, ()):
+
+def meanwhile(text: str, scope: str) -> Meanwhile:
+  """Products traced in `scope`: all, and those that the schedule has between the
+  start and the end of an all-to-all."""
+  on_their_way, found = collections.defaultdict(set), []
+  for computation, line, _, _ in _run(text):
+    rows = on_their_way[computation]
+    if start := re.match(r"\s+%?(\S*all-to-all-start\S*) = ", line):
+      rows.add(start[1])
+    elif done := re.search(r"-done\(%?(\S*all-to-all-start[\w.-]*)", line):
+      rows.discard(done[1])
+    elif re.search(rf'op_name="[^"]*\b{scope}/dot_general', line):
       match = _INSTRUCTION.match(line)
-      if match and match[2] in COLLECTIVES:
-        found[match[2], _result(match[1], bool(match[3]))] += times
+      if match and match[2] in _PRODUCTS:
+        found.append(bool(rows))
+  return Meanwhile(sum(found), len(found))
+
+
+def _run(text: str) -> Iterator[tuple[str, str, int, bool]]:
+  """Lines that are run: (computation, line, times, whether it surely is)."""
+  bodies, entry = _computations(text)
+
+  def walk(name: str, times: int, sure: bool):
+    for line in bodies.get(name, ()):
+      yield name, line, times, sure
+      match = _INSTRUCTION.match(line)
+      if not match or match[2] in ("fusion", "reduce"):
+        continue
       trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
       inner = times * int(trips[1]) if trips else times
-      for one, several in _CALLED.findall(line):
-        for callee in (one, *re.findall(r"%?([\w.-]+)", several)):
-          if callee and match and match[2] not in ("fusion", "reduce"):
-            walk(callee, inner)
+      for called, *branches in _CALLED.findall(line):
+        if called:
+          yield from walk(called, inner, sure)
+        for branch in re.findall(r"[\w.-]+", " ".join(branches)):
+          yield from walk(branch, inner, False)
 
-  walk(entry, 1)
-  return [
-    Collective(kind, result, count, size(result))
-    for (kind, result), count in found.items()
-  ]
+  yield from walk(entry, 1, True)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -40,6 +40,7 @@ class Lowered:
   outputs: int  # that are no argument's memory
   temporary: int
   collectives: list[hlo.Collective]
+  shared: hlo.Meanwhile  # products of shared experts, during an exchange
   surprises: list[str]
   trace_seconds: float
   compile_seconds: float
@@ -58,16 +59,27 @@ class Lowered:
       f"temporary {self.temporary / 1e9:,.2f}",
     ]
     by_kind = collections.Counter()
-    for one in self.collectives:
+    sure = [one for one in self.collectives if one.sure]
+    for one in sure:
       by_kind[one.kind] += one.count * one.bytes
     for kind, n_bytes in by_kind.most_common():
       lines.append(
         f"{kind}: {n_bytes / 1e9:,.3f} GB a step, results on a device"
       )
-      mine = [c for c in self.collectives if c.kind == kind]
+      mine = [c for c in sure if c.kind == kind]
       mine.sort(key=lambda c: -c.count * c.bytes)
       for c in mine[:4]:
         lines.append(f"  {c.count:5} x {c.bytes / 1e6:10,.3f} MB  {c.result}")
+    if len(sure) < len(self.collectives):
+      more = sum(c.count * c.bytes for c in self.collectives if not c.sure)
+      lines.append(
+        f"and at most {more / 1e9:,.3f} GB in further rounds of the exchange"
+      )
+    if self.shared.all:
+      lines.append(
+        f"shared experts: {self.shared.inside} of {self.shared.all} products "
+        "while rows are on their way to routed ones or back"
+      )
     lines += [f"SURPRISE: {text}" for text in self.surprises]
     return "\n".join(lines)
 
@@ -158,6 +170,7 @@ def lower(values: config.Config, target: str) -> Lowered:
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
     temporary=memory.temp_size_in_bytes,
     collectives=found,
+    shared=hlo.meanwhile(text, "shared"),
     surprises=[
       *_remade(said),
       *_gathered(found, values, where.sizes),
@@ -209,7 +222,9 @@ def _remade(said: Sequence[str]) -> list[str]:
   found = []
   for line in said:
     shape = re.search(r"(\w+)\[([\d,]*)\]", line)
-    if "nvoluntary full remat" in line and hlo.size(shape[0]) > LARGE:
+    if "nvoluntary full remat" not in line or "fake_parameter" in line:
+      continue  # the latter is a guess of what another way would cost
+    if hlo.size(shape[0]) > LARGE:
       found.append(f"involuntary full rematerialization of {shape[0]}: {line}")
   return found
 

@@ -141,3 +141,20 @@ def test_mesh_changes_nothing(mesh):
 def test_mesh_and_microbatches_change_nothing(mesh):
   for term in ALONE:
     same(mesh, term, **{"train.microbatches": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 2, "expert": 2, "fsdp": 2}], ids=named)
+def test_tiles_of_fp8_are_those_of_one_device(mesh):
+  """Sums in another order round an operand to its neighbour here and there."""
+  fp8 = {"model.precision.recipe": "deepseek_v3"}
+  wanted, plain = (outcome(tuple(d.items()), "main") for d in (fp8, {}))
+  diff = {f"mesh.{axis}": n for axis, n in mesh.items()}
+  found = outcome(tuple(sorted({**diff, **fp8}.items())), "main")
+  assert float(found[0]) == pytest.approx(float(wanted[0]), rel=1e-4)
+  far = lambda a, b: max(
+    np.linalg.norm(a[key] - b[key]) / np.linalg.norm(b[key])
+    for key in b
+    if np.any(b[key])
+  )
+  assert far(found[4], wanted[4]) < 0.2 * far(plain[4], wanted[4])

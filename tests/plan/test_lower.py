@@ -18,9 +18,24 @@ TEXT = """HloModule jit_step
   ROOT %t = (s32[], f32[4,8]{1,0}) tuple(%p, %r)
 }
 
+%branch.3 (y: f32[4,8]) -> f32[4,8] {
+  %y = f32[4,8]{1,0} parameter(0)
+  ROOT %c = f32[4,8]{1,0} all-reduce(%y), to_apply=%add.1
+}
+
+%branch.4 (y: f32[4,8]) -> f32[4,8] {
+  ROOT %y = f32[4,8]{1,0} parameter(0)
+}
+
 ENTRY %main.2 (x: f32[4,8]) -> f32[4,8] {
   %x = f32[4,8]{1,0} parameter(0)
   %w = (s32[], f32[4,8]{1,0}) while(%x), condition=%c.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %i = f32[4,8]{1,0} conditional(%k, %x, %x), branch_computations={%branch.3, %branch.4}
+  %all-to-all-start.1 = ((f32[4,8]), f32[4,8]) async-start(%x), calls=%async.1
+  %d.1 = f32[4,4]{1,0} dot(%x, %x), metadata={op_name="jit(step)/jvp()/shared/dot_general"}
+  %f.1 = f32[4,4]{1,0} bitcast(%d.1), metadata={op_name="jit(step)/jvp()/shared/dot_general"}
+  %all-to-all-done.1 = f32[4,8]{1,0} async-done(%all-to-all-start.1)
+  %d.2 = f32[4,4]{1,0} dot(%x, %x), metadata={op_name="jit(step)/jvp()/shared/dot_general"}
   %s = f32[2,8]{1,0} reduce-scatter(%x), dimensions={0}, to_apply=%add.1
   ROOT %o = f32[4,8]{1,0} get-tuple-element(%w), index=1
 }
@@ -28,7 +43,7 @@ ENTRY %main.2 (x: f32[4,8]) -> f32[4,8] {
 
 
 def test_collectives_are_counted_over_loops():
-  found = {c.kind: c for c in hlo.collectives_of(TEXT)}
+  found = {c.kind: c for c in hlo.collectives_of(TEXT) if c.sure}
   assert found.keys() == {"all-reduce", "all-gather", "reduce-scatter"}
   assert (found["all-reduce"].count, found["all-reduce"].bytes) == (5, 128)
   assert (found["all-gather"].count, found["all-gather"].bytes) == (5, 256)
@@ -36,6 +51,16 @@ def test_collectives_are_counted_over_loops():
     1,
     64,
   )
+
+
+def test_a_branch_is_not_surely_taken():
+  (maybe,) = [c for c in hlo.collectives_of(TEXT) if not c.sure]
+  assert (maybe.kind, maybe.count) == ("all-reduce", 1)
+
+
+def test_products_while_rows_are_on_their_way():
+  assert hlo.meanwhile(TEXT, "shared") == (1, 2)
+  assert hlo.meanwhile(TEXT, "routed") == (0, 0)
 
 
 def test_a_step_on_devices_that_are_there_for_the_test():
