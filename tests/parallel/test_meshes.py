@@ -144,7 +144,9 @@ def test_mesh_and_microbatches_change_nothing(mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": 2, "expert": 2, "fsdp": 2}], ids=named)
+@pytest.mark.parametrize(
+  "mesh", [{"data": 2, "expert": 2, "fsdp": 2}], ids=named
+)
 def test_tiles_of_fp8_are_those_of_one_device(mesh):
   """Sums in another order round an operand to its neighbour here and there."""
   fp8 = {"model.precision.recipe": "deepseek_v3"}

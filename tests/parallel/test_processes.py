@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -158,3 +159,27 @@ def test_one_process_reads_all_rows():
   where = layout.of_run(micro.config_of({"mesh.data": 2, "mesh.expert": 2}))
   assert where.share(4) == (0, 4, True)
   assert jax.process_count() == 1
+
+
+@pytest.mark.slow
+def test_a_failed_write_leaves_the_former_checkpoint(corpus, tmp_path):
+  """Of one process of two: its disk is full as soon as there is a checkpoint."""
+  diff = {**corpus, **MESH, "train.steps": 100_000}
+  config = micro.write_config(tmp_path / "c.py", diff)
+  folder = tmp_path / "run" / "checkpoints"
+  steps = lambda: Checkpoints(folder, read_only=True).steps
+  started = start(config, tmp_path / "run", 2)
+  deadline = time.monotonic() + 300
+  while not (folder.is_dir() and steps()) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.prlimit(started[1].pid, resource.RLIMIT_FSIZE, (64, hard))
+  texts = finish(started)
+  assert all(process.returncode for process in started)
+  assert "could not be written" in "".join(texts), texts
+  saved = steps()
+  assert saved and not any("Traceback" in text for text in texts), texts
+  more = {**corpus, "mesh.data": 1, "train.steps": saved[-1] + 1}
+  assert (
+    loop.train(micro.config_of(more), tmp_path / "run").step == saved[-1] + 1
+  )
