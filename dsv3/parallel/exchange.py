@@ -53,7 +53,7 @@ class Exchange:
     load_PE = lax.all_gather(plan.load_E, self.axis)  # of all devices P
     load_PPE = load_PE.reshape(self.size, self.size, n_here)
     how, sizes = (run, x_TD, gate_TK), (plan, load_PPE)
-    y_TD = self._send(0, rows, *how, *sizes)
+    y_TD = self._send(0 if rows < most else None, rows, *how, *sizes)
     if rows < most:
       longest = lax.pmax(load_PPE.sum(-1).max(), self.everyone or self.axis)
       y_TD += _further(self, rows, most, how, sizes, longest)
@@ -63,11 +63,13 @@ class Exchange:
     return y_TD, plan.load_E, moved
 
   def _send(self, first, rows, run, x_TD, gate_TK, plan, load_PPE):
-    """What the experts make of rows first .. first + rows of every run."""
+    """What the experts make of rows first .. first + rows of every run, or of all."""
     here = lax.axis_index(self.axis)
     to = (self.axis, rows, self.kernel)
-    part = part_of(plan, load_PPE[here].sum(-1), first, rows)
-    load_PPE = part_of_loads(load_PPE, first, rows)
+    part = plan
+    if first is not None:
+      part = part_of(plan, load_PPE[here].sum(-1), first, rows)
+      load_PPE = part_of_loads(load_PPE, first, rows)
     sent_PP = load_PPE.sum(-1)
     x_AD = dispatch.dispatch(x_TD, part)
     gate_A = dispatch.sort_gates(gate_TK, part)
@@ -81,13 +83,8 @@ class Exchange:
     return dispatch.combine(y_AD, part)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _further(exchange: Exchange, rows, most, how, sizes, longest):
-  """The sum of all rounds after the first, of which there may be none.
-
-  The gradient computes a round again. Nothing of it is kept, whatever the model's
-  remat would: there are as many as could be, and nearly all are skipped.
-  """
+def _rounds(exchange: Exchange, rows: int, most: int, how, sizes, longest):
+  """The sum of all rounds after the first, of which there may be none."""
   none = lambda run, x_TD, gate_TK: jnp.zeros_like(x_TD)
 
   @jax.checkpoint
@@ -103,13 +100,18 @@ def _further(exchange: Exchange, rows, most, how, sizes, longest):
   return lax.cond(rows < longest, rounds, none, *how)
 
 
+# The gradient computes a round again. Nothing of it is kept, whatever the model's
+# remat would: as many are there as could be, and nearly all are skipped.
+_further = jax.custom_vjp(_rounds, nondiff_argnums=(0, 1, 2))
+
+
 def _further_forward(exchange, rows, most, how, *counts):
-  return _further(exchange, rows, most, how, *counts), (how, counts)
+  return _rounds(exchange, rows, most, how, *counts), (how, counts)
 
 
 def _further_backward(exchange, rows, most, saved, dy_TD):
   how, counts = saved
-  again = lambda how: _further.fun(exchange, rows, most, how, *counts)
+  again = lambda how: _rounds(exchange, rows, most, how, *counts)
   return *jax.vjp(again, how)[1](dy_TD), None, None
 
 
@@ -180,8 +182,6 @@ def part_of(
   where those stand that are not of this part.
   """
   n = len(plan.order_A)
-  if isinstance(first, int) and rows >= n:
-    return plan
   start_P = jnp.cumsum(sent_P) - sent_P
   part_P = jnp.clip(sent_P - first, 0, rows)
   end_P = jnp.cumsum(part_P)

@@ -66,7 +66,7 @@ def meanwhile(text: str, scope: str) -> Meanwhile:
       rows.add(start[1])
     elif done := re.search(r"-done\(%?(\S*all-to-all-start[\w.-]*)", line):
       rows.discard(done[1])
-    elif re.search(rf'op_name="[^"]*\b{scope}/dot_general', line):
+    elif re.search(rf'op_name="[^"]*\b{scope}\b[^"]*/dot_general', line):
       match = _INSTRUCTION.match(line)
       if match and match[2] in _PRODUCTS:
         found.append(bool(rows))
