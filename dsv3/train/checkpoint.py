@@ -18,6 +18,7 @@ leaves no checkpoint rather than half of one.
 import gc
 import json
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from dsv3.parallel import processes
 from dsv3.train.state import TrainState
 
 Trees = dict[str, Any]  # name of an item -> pytree
@@ -115,7 +117,11 @@ class Checkpoints:
     meta: Mapping[str, Any],
     bits_per_byte: float | None = None,
   ) -> None:
-    """Starts to save; returns once the arrays may be donated."""
+    """Starts to save; returns once the arrays may be donated.
+
+    Raises CheckpointError, in every process, where the disk has no room for it.
+    """
+    self._check_room(step, trees)
     named = {item: _by_name(tree) for item, tree in trees.items()}
     meta = {**meta, "dtypes": _dtypes(named), "shapes": _shapes(named)}
     items = {item: ocp.args.StandardSave(tree) for item, tree in named.items()}
@@ -126,6 +132,18 @@ class Checkpoints:
       metrics=metrics,
       force=True,
     )
+
+  def _check_room(self, step: int, trees: Trees) -> None:
+    """Before anything is written: a write that fails in one process of several
+    keeps the others waiting."""
+    needed = sum(x.nbytes for x in jax.tree.leaves(trees))
+    free = shutil.disk_usage(self.folder).free
+    if processes.largest(int(free < needed)):
+      newest = self.steps[-1] if self.steps else "none"
+      raise CheckpointError(
+        f"{self.folder}: found {free / 1e9:.3f} GB free, wanted "
+        f"{needed / 1e9:.3f} for step {step}; the newest there is: {newest}"
+      )
 
   def restore(self, step: int, like: Trees) -> tuple[Trees, dict[str, Any]]:
     """The items of `like` at `step`, and the meta.

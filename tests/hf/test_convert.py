@@ -309,6 +309,7 @@ def test_float32_weights_that_were_bfloat16_keep_their_blocks():
   assert [a.tobytes() for a in first] == [b.tobytes() for b in again]
 
 
+@pytest.mark.slow  # a program for each of two ways
 def test_the_paper_s_order_of_the_mtp_projection_goes_out_and_in(tmp_path):
   """Eq. 21 has the hidden state first, the release the embedding."""
   ours = micro.config_of({"model.mtp.concat": "hidden_embedding"}).model

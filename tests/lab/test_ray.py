@@ -36,6 +36,7 @@ def test_a_task_claims_its_run_and_writes_its_line(
   assert "b-s1: failed config.data.sources: nowhere/text.txt" in said
 
 
+@pytest.mark.slow  # a run to its first checkpoint
 def test_a_task_that_is_asked_to_stop_has_its_command_save(cluster, tmp_path):
   program = """if True:
     import pathlib, signal, sys, time

@@ -134,8 +134,14 @@ def alone(kind):
   return differentiated(function, inputs(kind))
 
 
-@pytest.mark.parametrize("kind", ["random", "all to one device", "none"])
-@pytest.mark.parametrize("name", EXCHANGES)
+CASES = [
+  *((name, "random") for name in EXCHANGES),
+  *((name, "all to one device") for name in EXCHANGES),
+  *((name, "none") for name in ("8 devices", "2 nodes of 4 in rounds")),
+]
+
+
+@pytest.mark.parametrize("name, kind", CASES)
 def test_sec322_experts_elsewhere_are_experts_here(name, kind, monkeypatch):
   monkeypatch.setattr(lax, "ragged_all_to_all", ragged_all_to_all)
   (y_TD, load_E, moved), grads = outcome(EXCHANGES[name], inputs(kind))

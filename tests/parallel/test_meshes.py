@@ -31,13 +31,14 @@ BASE = {
   "model.moe.top_groups": 2,
 }
 MESHES = [
-  {"context": 2},
-  {"data": 2, "expert": 4},
+  {"data": 2, "expert": 2, "context": 2},
   {"data": 2, "fsdp": 2, "tensor": 2},
 ]
 MORE = [  # twenty seconds each, most of it compilation: pytest -m slow
   {"fsdp": 2},
   {"tensor": 2},
+  {"context": 2},
+  {"data": 2, "expert": 4},
   {"expert": 4, "expert_nodes": 2},
   {"expert": 4, "expert_rows": 1.0, "data": 2},
   {"expert": 4, "expert_nodes": 2, "expert_rows": 0.5},

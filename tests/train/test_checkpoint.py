@@ -2,6 +2,8 @@
 
 import functools
 import pathlib
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -169,3 +171,21 @@ def test_an_unfinished_save_is_no_checkpoint(tmp_path, start):
   again.wait()
   assert again.restore_newest(like(), pytest.fail)[0] == 3
   assert {f.name for f in tmp_path.iterdir()} == {"2", "3"}
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+  tmp_path, start, monkeypatch
+):
+  save_three(tmp_path, start)
+  checkpoints = Checkpoints(tmp_path)
+  before = checkpoints.steps
+  size = sum(x.nbytes for x in jax.tree.leaves(trees_of(start)))
+  usage = lambda free: lambda _: types.SimpleNamespace(free=free)
+  monkeypatch.setattr(shutil, "disk_usage", usage(size - 1))
+  with pytest.raises(CheckpointError, match=f"step 9; .* is: {before[-1]}"):
+    checkpoints.save(9, trees_of(start), {})
+  assert checkpoints.steps == before and not list(tmp_path.glob("9*"))
+  monkeypatch.setattr(shutil, "disk_usage", usage(size))
+  checkpoints.save(9, trees_of(start), {})
+  checkpoints.close()
+  assert Checkpoints(tmp_path, read_only=True).steps[-1] == 9

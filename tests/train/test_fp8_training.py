@@ -236,6 +236,7 @@ def losses(workdir):
   return [x["loss"] for x in read_metrics(workdir) if "loss" in x]
 
 
+@pytest.mark.slow  # three programs with FP8 to compile
 def test_delayed_scales_are_in_the_checkpoint(corpus, tmp_path):
   # In tokens: a schedule in shares would be another in the shorter run.
   diff = {**corpus, **DELAYED, "schedule.time": "tokens"}
@@ -370,6 +371,7 @@ def test_what_stays_high_is_in_no_mean_and_over_no_guard():
   assert table.splitlines()[1].split()[:4] == ["w", "fprop", "0.2500", "0.2500"]
 
 
+@pytest.mark.slow  # programs with FP8 to compile
 def test_a_report_is_of_the_gradients_that_training_has():
   """Wrong ones would have other scales: those of g, over all microbatches."""
   prepared = steps.prepared(FP8)
