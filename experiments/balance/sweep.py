@@ -14,14 +14,12 @@ def runs():
     "model.moe.balancing": kind,
     "schedule.balance_weight": 1e-3,
   }
-  # 0.003 takes 150 of the 200 steps to what the first gradients did to the load.
-  fast = {"schedule.bias_speed": 0.01}
   return arms(
     {
       "sequence": of_loss("sequence"),
       "batch": of_loss("batch"),  # Sec. 4.5.3
-      "bias": {"model.moe.balancing": "bias", **fast},
-      "both": {"model.moe.balancing": "bias+sequence", **fast},
+      "bias": {"model.moe.balancing": "bias"},
+      "both": {"model.moe.balancing": "bias+sequence"},
       "none": {"model.moe.balancing": "none"},
     }
   )
