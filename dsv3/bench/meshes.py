@@ -29,19 +29,15 @@ from dsv3.train import layout, program, schedule
 NO_LIMIT = {"model.moe.n_groups": 1, "model.moe.top_groups": 1}
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 MESHES = (
-  {},
   {"data": 2},
   {"data": 4},
   {"data": 8},
-  {"fsdp": 2},
   {"fsdp": 8},
   {"expert": 2},
-  {"expert": 4},
   {"expert": 8},
   {"expert": 8, "expert_rows": 1.5},
   {"expert": 8, "expert_nodes": 4},
   {"expert": 8, "expert_nodes": 4, **NO_LIMIT},
-  {"context": 2},
   {"context": 8},
   {"tensor": 2},
 )
