@@ -11,6 +11,8 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from typing import IO
 
 import jax
@@ -37,10 +39,17 @@ class Presence:
       fcntl.flock(self._mine, fcntl.LOCK_EX)
       self._write(f"{socket.gethostname()}, pid {os.getpid()}")
 
-  def watch(self) -> None:
-    """From here on this process ends soon after another; all must be there."""
+  def watch(
+    self, trouble: Callable[[], BaseException | None] = lambda: None
+  ) -> None:
+    """From here on this process ends soon after another; all must be there.
+
+    And so it does after an error of `trouble`, of which no caller is told while
+    all wait for each other.
+    """
     if self._mine:
-      threading.Thread(target=self._look, daemon=True).start()
+      look = threading.Thread(target=self._look, args=[trouble], daemon=True)
+      look.start()
 
   def gone(self) -> list[str]:
     """Processes that have ended of themselves, as `process 1 (host, pid 7)`."""
@@ -62,8 +71,18 @@ class Presence:
     deadline = time.monotonic() + 2  # an error may come before a lock is free
     while self._mine and time.monotonic() < deadline:
       if gone := self.gone():
-        self._end(gone, str(error).strip().split("\n")[0][:120])
+        self._follow(gone, _line(error))
       time.sleep(0.1)
+
+  def leave(self, error: BaseException, *, expected: bool) -> None:
+    """Ends this process of several with its error; alone it returns.
+
+    To clean up would wait for the others, who find this process gone.
+    """
+    if self._mine:
+      if not expected:
+        traceback.print_exception(error)
+      _end(_line(error))
 
   def close(self) -> None:
     """Ends with the others: nobody is to follow."""
@@ -77,21 +96,30 @@ class Presence:
     self._mine.write(text)
     self._mine.flush()
 
-  def _look(self) -> None:
+  def _look(self, trouble) -> None:
     since = None
     while not self._closed.wait(_LOOK_SECONDS):
-      gone = self.gone()
-      since = (since or time.monotonic()) if gone else None
-      if gone and time.monotonic() - since > GRACE_SECONDS:
-        self._end(gone, "what was waited for with it cannot come")
+      gone, error = self.gone(), trouble()
+      since = (since or time.monotonic()) if gone or error else None
+      if since is None or time.monotonic() - since < GRACE_SECONDS:
+        continue
+      if error:  # the others will find this process gone
+        _end(f"a checkpoint could not be written ({_line(error)})")
+      self._follow(gone, "what was waited for with it cannot come")
 
-  def _end(self, gone: list[str], reason: str) -> None:
-    """At once: what waits for the others at the end of a program hangs."""
+  def _follow(self, gone: list[str], reason: str) -> None:
     self._write(_FOLLOWED)
-    print(
-      f"dsv3: error: {', '.join(gone)} of the run ended without the others "
-      f"({reason}); the same command goes on from the newest checkpoint",
-      file=sys.stderr,
-      flush=True,
-    )
+    _end(f"{', '.join(gone)} of the run ended without the others ({reason})")
+
+
+def _line(error: BaseException) -> str:
+  return str(error).strip().split("\n")[0][:120]
+
+
+def _end(text: str) -> None:
+  """At once: what waits for the others at the end of a program hangs."""
+  again = "the same command goes on from the newest checkpoint"
+  try:
+    print(f"dsv3: error: {text}; {again}", file=sys.stderr, flush=True)
+  finally:  # though it cannot be told, on a full disk
     os._exit(1)

@@ -17,6 +17,7 @@ leaves no checkpoint rather than half of one.
 
 import gc
 import json
+import logging
 import pathlib
 import shutil
 import sys
@@ -33,7 +34,21 @@ from dsv3.train.state import TrainState
 
 Trees = dict[str, Any]  # name of an item -> pytree
 COUNTERS = ("step", "skipped", "skipped_total")
+_LOG = logging.getLogger("absl")  # which Orbax writes to
 OPTIONAL = ("amax", "guarded")  # left out where a checkpoint has it otherwise
+
+
+class _Errors(logging.Handler):
+  """Keeps the last error that Orbax has logged: of several processes those that
+  could write wait for the other, and no call of theirs or its returns."""
+
+  def __init__(self):
+    super().__init__(logging.ERROR)
+    self.last: BaseException | None = None
+
+  def emit(self, record: logging.LogRecord) -> None:
+    if record.exc_info:
+      self.last = record.exc_info[1]
 
 
 class CheckpointError(RuntimeError):
@@ -82,9 +97,11 @@ class Checkpoints:
     self, folder: pathlib.Path, *, kept: int = 1, read_only: bool = False
   ):
     self.folder = pathlib.Path(folder).resolve()
+    self._errors = _Errors()
     self._manager = None if read_only else self._manage(kept)
 
   def _manage(self, kept: int) -> ocp.CheckpointManager:
+    _LOG.addHandler(self._errors)
     if jax.process_index() == 0:
       self._set_aside_unreadable_scores()
     score = lambda metrics: metrics["bits_per_byte"]
@@ -144,6 +161,10 @@ class Checkpoints:
         f"{self.folder}: found {free / 1e9:.3f} GB free, wanted "
         f"{needed / 1e9:.3f} for step {step}; the newest there is: {newest}"
       )
+
+  def trouble(self) -> BaseException | None:
+    """What went wrong with a save that has been started, as far as is known."""
+    return self._errors.last
 
   def restore(self, step: int, like: Trees) -> tuple[Trees, dict[str, Any]]:
     """The items of `like` at `step`, and the meta.
@@ -244,6 +265,7 @@ class Checkpoints:
   def close(self) -> None:
     if self._manager is not None:
       self._manager.close()
+      _LOG.removeHandler(self._errors)
 
 
 def abstract(

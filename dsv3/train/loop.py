@@ -27,7 +27,13 @@ from dsv3.parallel import processes
 from dsv3.parallel.presence import Presence
 from dsv3.plan import chips, count, here
 from dsv3.train import feed, identity, layout, program, run, schedule, state
-from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
+from dsv3.train.checkpoint import (
+  CheckpointError,
+  Checkpoints,
+  abstract,
+  state_of,
+  trees_of,
+)
 from dsv3.train.clock import Clock
 from dsv3.train.ema import HostEma
 from dsv3.train.interrupt import Interrupts
@@ -70,6 +76,8 @@ def train(
     return trainer.run(started)
   except Exception as error:
     trainer.presence.follow(error)
+    expected = isinstance(error, (ConfigError, CheckpointError, RunFailed))
+    trainer.presence.leave(error, expected=expected)
     raise
   finally:
     trainer.close()
@@ -124,7 +132,7 @@ class _Trainer:
     changed = run.changes(workdir, values)
     self.presence = Presence(workdir)
     processes.wait_for_all("run folder read")
-    self.presence.watch()
+    self.presence.watch(self.checkpoints.trouble)
     self.log = self.progress = Silence()
     if first:
       run.record(workdir, values, given)
