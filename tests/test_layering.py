@@ -41,8 +41,8 @@ TOP = {
   "bench",
 }  # these import everything
 FORBIDDEN = {"data": {"jax", "flax", "optax"}}
-# tokamax is optional and imported where it is asked for.
-LAZY = {"dsv3/ops/grouped.py": {"tokamax"}}
+# tokamax is optional and imported where it is asked for, with absl, which it needs.
+LAZY = {"dsv3/ops/grouped.py": {"tokamax", "absl"}}
 
 
 def layer_of(path: pathlib.Path) -> str:

@@ -43,8 +43,14 @@ def completions(model, drafts=0, **how):
   return [c.tokens for c in found], np.concatenate([c.log_probs for c in found])
 
 
-@pytest.mark.parametrize("drafts", [0, 1])
-@pytest.mark.parametrize("mesh", [{}, MESH], ids=["alone", "mesh"])
+@pytest.mark.parametrize(
+  "mesh, drafts",
+  [
+    (MESH, 1),
+    pytest.param(MESH, 0, marks=pytest.mark.slow),
+    pytest.param({}, 1, marks=pytest.mark.slow),
+  ],
+)
 def test_a_decode_with_copies_is_the_decode_without(mesh, drafts):
   wanted = completions(model_of({}), drafts)
   model = model_of(mesh)

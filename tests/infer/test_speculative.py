@@ -32,6 +32,9 @@ VARIANTS = {
 }
 
 
+SLOW = pytest.mark.slow  # as the others, of another depth
+
+
 @functools.cache
 def decoder_of(name):
   return Decoder(make(FEW | VARIANTS[name]))
@@ -100,7 +103,10 @@ def applied_again(model, text_L, n):
   return jax.nn.log_softmax(jnp.stack(found))
 
 
-@pytest.mark.parametrize("name", ["depth 1", "depth 2", "depth 3"])
+@pytest.mark.parametrize(
+  "name",
+  ["depth 2", *(pytest.param(f"depth {n}", marks=SLOW) for n in (1, 3))],
+)
 def test_drafts_come_from_the_modules_as_they_were_trained(name):
   """After any number of rounds, through kept and rejected drafts."""
   model, decoder = make(FEW | VARIANTS[name]), decoder_of(name)
@@ -131,7 +137,9 @@ def test_drafts_come_from_the_modules_as_they_were_trained(name):
 @pytest.mark.parametrize(
   "sampling", [Sampling(), Sampling(temperature=0.7, top_k=3)]
 )
-@pytest.mark.parametrize("name", ["depth 1", "depth 2"])
+@pytest.mark.parametrize(
+  "name", ["depth 2", pytest.param("depth 1", marks=SLOW)]
+)
 def test_sampled_text_has_the_distribution_of_plain_sampling(name, sampling):
   """All texts of three tokens, as often as the model says; Pearson's test."""
   model, decoder = make(FEW | VARIANTS[name]), decoder_of(name)

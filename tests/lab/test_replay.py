@@ -40,11 +40,14 @@ def test_without_a_change_it_is_the_run_to_the_bit(run):
   "diff",
   [
     {"schedule.bias_speed": 0.1},
-    {"model.moe.balancing": "none"},
-    pytest.param(
-      {"model.precision.recipe": "deepseek_v3"}, marks=pytest.mark.slow
-    ),  # a program with FP8 to compile
-    {"optimizer.clip_norm": 1e-3},
+    *(
+      pytest.param(diff, marks=pytest.mark.slow)  # another program each
+      for diff in (
+        {"model.moe.balancing": "none"},
+        {"model.precision.recipe": "deepseek_v3"},
+        {"optimizer.clip_norm": 1e-3},
+      )
+    ),
   ],
   ids=str,
 )

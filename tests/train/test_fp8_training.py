@@ -101,9 +101,14 @@ def test_losses_are_near_those_of_bf16_and_not_the_same():
   "cut",
   [
     {"train.microbatches": 2},
-    {"model.layers": "unrolled"},
-    {"model.remat": "paper"},
-    {"model.moe.kernel": "dense"},
+    *(
+      pytest.param(cut, marks=pytest.mark.slow)
+      for cut in (
+        {"model.layers": "unrolled"},
+        {"model.remat": "paper"},
+        {"model.moe.kernel": "dense"},
+      )
+    ),
   ],
   ids=str,
 )
@@ -135,7 +140,9 @@ def test_gradients_of_a_mean_do_not_underflow():
 DELAYED = {RECIPE: "delayed", **SMALL}
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(
+  "microbatches", [pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_delayed_scaling_remembers_the_largest_of_a_step(microbatches):
   prepared = steps.prepared({**DELAYED, "train.microbatches": microbatches})
   _, state = train(prepared, 2)
@@ -181,6 +188,7 @@ def test_a_step_that_is_left_out_is_not_remembered():
     np.testing.assert_array_equal(after.precision.history[name], history)
 
 
+@pytest.mark.slow  # programs with FP8 to compile
 def test_stochastic_rounding_differs_by_step_and_repeats_by_seed():
   changes = ("rounding=stochastic",)
   prepared = steps.prepared({**FP8, "model.precision.changes": changes})
@@ -191,6 +199,7 @@ def test_stochastic_rounding_differs_by_step_and_repeats_by_seed():
   assert first == again != prepared.step(later, batch)[1]["grad_norm"]
 
 
+@pytest.mark.slow  # programs with FP8 to compile
 def test_patterns_keep_linears_high():
   everything = {**FP8, "model.precision.high": ("*",)}
   high, _ = train(steps.prepared(everything), 1)
@@ -247,6 +256,7 @@ def test_delayed_scales_are_in_the_checkpoint(corpus, tmp_path):
   assert losses(tmp_path / "halves") == losses(tmp_path / "straight")
 
 
+@pytest.mark.slow  # four programs to compile
 def test_a_run_goes_on_with_another_recipe_and_says_so(
   corpus, tmp_path, capsys
 ):

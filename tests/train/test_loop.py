@@ -247,6 +247,7 @@ def test_host_average_of_a_run_is_the_device_average(
   assert not np.array_equal(plain["head"][...], averages[0]["head"][...])
 
 
+@pytest.mark.slow  # four starts
 def test_a_stop_amid_left_out_updates_says_what_is_saved(
   corpus, tmp_path, monkeypatch, capsys
 ):
@@ -291,6 +292,7 @@ def test_a_longer_run_says_how_its_schedule_stretches(
   assert f"learning rate goes from {before:.2e} to {after:.2e}" in said
 
 
+@pytest.mark.slow  # four starts
 def test_other_text_than_before_is_noticed(corpus, straight, tmp_path, capsys):
   """Same source, documents and lengths: the digest tells."""
   folder = shutil.copytree(corpus["data.sources"][0], tmp_path / "text")
