@@ -22,8 +22,13 @@ SMALL = "experiments/performance/s30m.py"
 NO_MTP = {"model.mtp.depth": 0}
 STEPS = [  # config, sequences, diff
   ("tiny", 8, {"model.remat": "paper", "model.dtype": "bfloat16"}),
-  ("tiny", 8, {"model.remat": "full", "train.microbatches": 4}),
-  ("tiny", 8, {"model.layers": "unrolled", **NO_MTP}),
+  *(
+    pytest.param("tiny", 8, diff, marks=pytest.mark.slow)
+    for diff in (
+      {"model.remat": "full", "train.microbatches": 4},
+      {"model.layers": "unrolled", **NO_MTP},
+    )
+  ),
   ("tiny", 8, {"model.ffn": "dense", "model.remat": "paper", **NO_MTP}),
   ("tiny", 4, {"model.dtype": "bfloat16", "model.moe.top_k": 2, **NO_MTP}),
   ("tiny", 2, {"model.attention.kind": "gqa", "model.ffn": "dense"}),
