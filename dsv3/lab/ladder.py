@@ -112,8 +112,10 @@ def rung(
 
 def fit(rungs: Sequence[Rung]) -> Law:
   """The power law through the best sizes; ConfigError for one budget alone."""
-  if len({one.budget for one in rungs}) < 2:
-    raise ConfigError("ladder: found one budget, wanted two or more for a law")
+  if (n := len({one.budget for one in rungs})) < 2:
+    raise ConfigError(
+      f"ladder: found {n} budgets with a best size, wanted two or more for a law"
+    )
   exponent, constant = np.polyfit(
     np.log([one.budget for one in rungs]),
     np.log([one.best for one in rungs]),
@@ -130,7 +132,7 @@ def answer(
   """What the runs of a `ladder` say, as notes, and the law's picture in `folder`.
 
   `lines` are results by arm; seeds of an arm are averaged. A budget without a
-  least loss among its sizes, and a law without two budgets, are said.
+  least loss among its sizes is in no law; that, and a law without two, is said.
   """
   rungs, notes = [], []
   for budget in budgets:
@@ -142,11 +144,14 @@ def answer(
     except ConfigError as error:
       notes.append(f"{error}.")
       continue
+    if not one.inside:  # a parabola says nothing of what lies beyond it
+      beyond = "smaller" if one.best < min(one.flops_token) else "larger"
+      notes.append(f"{budget:.2g} FLOPs: best {beyond} than all sizes here.")
+      continue
     rungs.append(one)
-    where = "" if one.inside else ", beyond the sizes"
     notes.append(
       f"{budget:.2g} FLOPs: best at {one.best:.3g} FLOPs a token, loss "
-      f"{one.best_loss:.3f}{where}."
+      f"{one.best_loss:.3f}."
     )
   try:
     law = fit(rungs)

@@ -121,6 +121,20 @@ def test_runs_of_a_ladder_answer_with_a_law(tmp_path):
   assert all("wanted" in note for note in ladder.answer(few, (1e12,), tmp_path))
 
 
+def test_a_best_size_beyond_the_sizes_is_in_no_law(tmp_path):
+  line = lambda size, loss: {
+    "flops": 1e6 * size,
+    "tokens": 1,
+    "final": {"loss": loss},
+  }
+  found = zip((1, 2, 4), (2.0, 2.3, 3.0))
+  lines = {f"1e12-d{size}": [line(size, loss)] for size, loss in found}
+  notes = ladder.answer(lines, (1e12,), tmp_path)
+  assert notes[0] == "1e+12 FLOPs: best smaller than all sizes here."
+  assert "found 0 budgets" in notes[1]
+  assert not (tmp_path / "law.png").exists()
+
+
 def test_a_ladder_without_a_valley_or_a_law_is_said():
   with pytest.raises(ConfigError, match="no least between"):
     ladder.rung(1e18, [1, 2, 4], [3.0, 3.1, 3.0])
