@@ -141,7 +141,7 @@ def test_a_ladder_without_a_valley_or_a_law_is_said():
   with pytest.raises(ConfigError, match="found 2 sizes"):
     ladder.rung(1e18, [1, 2, 2], [3.0, 3.1, 3.0])
   one = ladder.rung(1e18, [1, 2, 4], [3.0, 2.9, 3.1])
-  with pytest.raises(ConfigError, match="one budget"):
+  with pytest.raises(ConfigError, match="found 1 budgets"):
     ladder.fit([one])
   beyond = ladder.rung(1e18, [1, 2, 4], [3.0, 2.5, 2.1])
   assert not beyond.inside and math.isclose(beyond.budget, 1e18)
