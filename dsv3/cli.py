@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells its steps
 
   from dsv3 import commands
-  from dsv3.config import ConfigError
+  from dsv3.errors import TOLD, ConfigError
 
   try:
     return commands.command(arguments.command)(arguments) or 0
@@ -46,24 +46,12 @@ def main(words: Sequence[str] | None = None) -> int:
   except BrokenPipeError:  # the reader, `head` for one, has had enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
-  except OSError as error:
-    return _fail(error, 1)
-  except RuntimeError as error:
-    if not _is_ours(error):
-      raise
+  except TOLD as error:
     return _fail(error, 1)
   except KeyboardInterrupt:
     print("dsv3: stopped at once", file=sys.stderr)
     sys.stderr.flush()
     os._exit(130)  # not waiting for a save: what is half saved does not count
-
-
-def _is_ours(error: RuntimeError) -> bool:
-  """A run that failed, or a checkpoint that cannot be read: no defect."""
-  from dsv3.train.checkpoint import CheckpointError
-  from dsv3.train.loop import RunFailed
-
-  return isinstance(error, (CheckpointError, RunFailed))
 
 
 def _fail(error: object, code: int) -> int:

@@ -8,6 +8,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 OUTSIDE = {  # layer: packages from outside that it may import, if limited
+  "errors": set(),
+  "config_check": set(),
   "config": {"ml_collections"},
   "overlay": {"ml_collections"},
   "ops": {"jax", "numpy", "chex"},
@@ -15,17 +17,19 @@ OUTSIDE = {  # layer: packages from outside that it may import, if limited
   "configs": {"ml_collections"},
   "oracle": {"numpy"},
 }
-LOWER = {"config", "overlay", "cache", "huge_pages"}
+LOWER = {"errors", "config", "overlay", "cache", "huge_pages"}
 MODEL = LOWER | {"ops", "nn", "parallel", "data"}
 USERS = {"train", "infer", "eval", "hf", "plan"}
 INSIDE = {  # layer: layers of ours that it may import
-  "config": set(),
+  "errors": set(),
+  "config_check": {"errors"},
+  "config": {"config_check", "errors"},
   "overlay": {"config"},
   "cache": set(),
   "huge_pages": set(),
   "ops": set(),
   "nn": {"ops", "config"},
-  "parallel": {"ops", "config"},
+  "parallel": {"ops", "config", "errors"},
   "data": LOWER,
   **{layer: MODEL | USERS for layer in USERS},
   "configs": set(),

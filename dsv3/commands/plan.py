@@ -1,7 +1,6 @@
 """`dsv3 plan`: the planner's answer as text, JSON or a page."""
 
 import argparse
-import ast
 import json
 import pathlib
 
@@ -51,13 +50,11 @@ def _lower(arguments: argparse.Namespace) -> int:
   from dsv3.plan import lower
 
   lower.prepare(arguments.lower)
-  tree = overlay.load(arguments.config, arguments.overrides)
-  given = [
-    part.split("=") for part in (arguments.mesh or "").split(",") if part
-  ]
-  diff = {f"mesh.{axis}": ast.literal_eval(size) for axis, size in given}
-  if given:
-    diff = {"mesh.data": 1} | diff
+  given = arguments.mesh.split(",") if arguments.mesh else []
+  mesh = ["mesh.data=1"] if given else []
+  mesh += [f"mesh.{size}" for size in given]
+  tree = overlay.load(arguments.config, [*mesh, *arguments.overrides])
+  diff = {}
   if arguments.microbatches:
     diff["train.microbatches"] = arguments.microbatches
   if arguments.seq:

@@ -51,11 +51,11 @@ def as_used(weights: nnx.State) -> nnx.State:
   """The experts as bits of bfloat16, the head bfloat16, all else float32."""
 
   def leaf(path, x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):  # where copies of experts are
+      return x
     keys = {getattr(key, "key", None) for key in path}
     if "experts" in keys:
       return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    if "slots" in keys:
-      return x
     return x.astype(jnp.bfloat16 if "head" in keys else jnp.float32)
 
   return jax.tree_util.tree_map_with_path(leaf, weights)

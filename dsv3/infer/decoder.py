@@ -179,8 +179,8 @@ def _as_used(weights: nnx.State, dtype: str) -> nnx.State:
 
   def leaf(path, x):
     keys = {getattr(key, "key", None) for key in path}
-    stays = x.ndim < 2 or keys & {"router", "slots"}
-    return x if stays else x.astype(dtype)
+    is_matrix = x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(dtype) if is_matrix and "router" not in keys else x
 
   return jax.tree_util.tree_map_with_path(leaf, weights)
 

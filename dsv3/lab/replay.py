@@ -17,8 +17,9 @@ from dsv3 import config, overlay
 from dsv3.config import ConfigError
 from dsv3.data.batches import Batches
 from dsv3.train import feed, layout, program, run, schedule, state
-from dsv3.train.checkpoint import Checkpoints, abstract, state_of, trees_of
+from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.logs import read_metrics
+from dsv3.train.trees import abstract, state_of, trees_of
 
 # What decides which rows a step reads: a change of these is no replay.
 _OF_DATA = ("data.", "schedule.batch_", "train.seed")

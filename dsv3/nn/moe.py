@@ -162,17 +162,14 @@ def route_and_run(
   valid_T1 = (segments_BL.reshape(-1) > 0)[:, None]
   experts_TK = jnp.where(valid_T1, routed.experts_TK, m.n_routed)  # or none
   with jax.named_scope("eq12"):
-    if slots is None:
-      y_TD, load_E, moved = peers.exchange(
-        experts, u_TD, experts_TK, routed.gate_TK, m.n_routed
-      )
-    else:
-      slot_EC, n = slots[...], slots.n
-      slot_TK = copies.choose(slot_EC, experts_TK, n)
-      y_TD, load_S, moved = peers.exchange(
-        experts, u_TD, slot_TK, routed.gate_TK, n
-      )
-      load_E = copies.load_of_experts(slot_EC, load_S)
+    to_TK, n_to = experts_TK, m.n_routed
+    if slots is not None:
+      to_TK, n_to = copies.choose(slots[...], experts_TK, slots.n), slots.n
+    y_TD, load_E, moved = peers.exchange(
+      experts, u_TD, to_TK, routed.gate_TK, n_to
+    )
+    if slots is not None:
+      load_E = copies.load_of_experts(slots[...], load_E)
     y_TD = peers.total(y_TD, "F")
   count_BE, mass_BE = balance.sequence_statistics(
     routed.affinity_TE, segments_BL, m.top_k

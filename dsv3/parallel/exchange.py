@@ -16,7 +16,16 @@ from jax import lax
 
 from dsv3.ops import dispatch
 
-KERNELS = ("auto", "blocks", "ragged")
+KERNELS = ("blocks", "ragged")
+
+
+def kernel_of(platform: str) -> str:
+  """How rows move between devices of a platform.
+
+  Asked once, of the mesh: with `lax.platform_dependent` XLA leaves a branch around
+  every exchange of the forward pass, and overlaps nothing with it.
+  """
+  return "blocks" if platform == "cpu" else "ragged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Exchange:
 
   How rows move is the kernel: "blocks" of equal length by `all_to_all`, on any
   platform; "ragged" by `ragged_all_to_all`, only rows that there are, which XLA
-  has not on CPUs; "auto" the one of the platform that is compiled for.
+  has not on CPUs (`kernel_of`).
 
   `room` is how many rows of a run go at a time, over the mean of all runs; 0: all
   that may be. All devices, `everyone` by its axes, take as many rounds as the
@@ -34,7 +43,7 @@ class Exchange:
 
   axis: str
   size: int
-  kernel: str = "auto"
+  kernel: str = "blocks"
   room: float = 0.0
   everyone: tuple[str, ...] = ()
 
@@ -131,7 +140,7 @@ class NodeExchange:
   axis: str
   size: int
   inside: Exchange
-  kernel: str = "auto"
+  kernel: str = "blocks"
 
   def __call__(self, run, x_TD, experts_TK, gate_TK, n_experts: int):
     n_there = n_experts // self.size
@@ -264,11 +273,9 @@ move_back.defvjp(_move_back_forward, _move_back_backward)
 
 def _swap(x_AD, sent_PP, axis, most, kernel, n_out):
   assert kernel in KERNELS, kernel
-  blocks = functools.partial(_by_blocks, axis=axis, most=most, n_out=n_out)
-  ragged = functools.partial(_by_runs, axis=axis, n_out=n_out)
-  if kernel == "auto":
-    return lax.platform_dependent(x_AD, sent_PP, cpu=blocks, default=ragged)
-  return (blocks if kernel == "blocks" else ragged)(x_AD, sent_PP)
+  if kernel == "ragged":
+    return _by_runs(x_AD, sent_PP, axis=axis, n_out=n_out)
+  return _by_blocks(x_AD, sent_PP, axis=axis, most=most, n_out=n_out)
 
 
 def _by_blocks(x_AD, sent_PP, *, axis, most, n_out):

@@ -13,19 +13,16 @@ from dsv3.config import Mesh
 from dsv3.ops.linear import Weight
 from dsv3.ops.placement import ALONE, ONE_DEVICE, Peers, Placement
 from dsv3.parallel import positions, table
-from dsv3.parallel.exchange import Exchange, NodeExchange
+from dsv3.parallel.exchange import Exchange, NodeExchange, kernel_of
 from dsv3.parallel.mesh import ORDER
 
 
-def make(
-  sizes: Mesh, mesh: jax.sharding.Mesh, exchange: str = "auto"
-) -> Placement:
-  """The Placement of a mesh; of one device that of all models without one.
-
-  `exchange` is how rows move to their experts, of `exchange.KERNELS`.
-  """
+def make(sizes: Mesh, mesh: jax.sharding.Mesh) -> Placement:
+  """The Placement of a mesh; of one device that of all models without one."""
   if sizes.size == 1:
     return ONE_DEVICE
+
+  kernel = kernel_of(mesh.devices.flat[0].platform)
 
   def place(tree, dims):
     sharding = NamedSharding(mesh, table.computed(dims))
@@ -36,9 +33,7 @@ def make(
     place=place,
     dealt=functools.partial(positions.deal, n_devices=sizes.context),
     gather=functools.partial(_gather, sizes=sizes, mesh=mesh),
-    spread=functools.partial(
-      _spread, peers=peers_of(sizes, exchange), mesh=mesh
-    ),
+    spread=functools.partial(_spread, peers=peers_of(sizes, kernel), mesh=mesh),
   )
 
 

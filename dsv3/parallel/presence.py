@@ -17,6 +17,8 @@ from typing import IO
 
 import jax
 
+from dsv3.errors import TOLD
+
 GRACE_SECONDS = 5  # for the error of a collective to come, and to be told
 _LOOK_SECONDS = 1
 _FOLLOWED = "ended with the others"
@@ -66,23 +68,22 @@ class Presence:
           found.append(f"process {i} ({text})")
     return found
 
-  def follow(self, error: BaseException) -> None:
-    """Ends this process if others are gone; returns if none is."""
+  def leave(self, error: BaseException) -> None:
+    """Ends this process of several with an error; alone it returns.
+
+    The error may be of others that are gone. To clean up would wait for those that
+    are not, who find this process gone.
+    """
+    if not self._mine:
+      return
     deadline = time.monotonic() + 2  # an error may come before a lock is free
-    while self._mine and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
       if gone := self.gone():
         self._follow(gone, _line(error))
       time.sleep(0.1)
-
-  def leave(self, error: BaseException, *, expected: bool) -> None:
-    """Ends this process of several with its error; alone it returns.
-
-    To clean up would wait for the others, who find this process gone.
-    """
-    if self._mine:
-      if not expected:
-        traceback.print_exception(error)
-      _end(_line(error))
+    if not isinstance(error, TOLD):
+      traceback.print_exception(error)
+    _end(_line(error))
 
   def close(self) -> None:
     """Ends with the others: nobody is to follow."""

@@ -89,10 +89,6 @@ def check_run(mesh: Mesh, values: config.Config, devices: int) -> None:
       f"config.mesh.expert_nodes: found {mesh.expert_nodes}, wanted a divisor "
       f"of mesh.expert = {mesh.expert}"
     )
-  if mesh.expert_rows < 0:
-    raise ConfigError(
-      f"config.mesh.expert_rows: found {mesh.expert_rows}, wanted 0 or more"
-    )
   if mesh.size > devices:
     raise ConfigError(
       f"config.mesh: found {mesh} of {mesh.size} devices, wanted at most the "

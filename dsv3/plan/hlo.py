@@ -85,11 +85,13 @@ def _run(text: str) -> Iterator[tuple[str, str, int, bool]]:
         continue
       trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
       inner = times * int(trips[1]) if trips else times
-      for called, *branches in _CALLED.findall(line):
+      branches = []
+      for called, *ways in _CALLED.findall(line):
         if called:
           yield from walk(called, inner, sure)
-        for branch in re.findall(r"[\w.-]+", " ".join(branches)):
-          yield from walk(branch, inner, False)
+        branches += re.findall(r"[\w.-]+", " ".join(ways))
+      for branch in branches:  # the only one is taken
+        yield from walk(branch, inner, sure and len(branches) == 1)
 
   yield from walk(entry, 1, True)
 

@@ -29,11 +29,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from dsv3.errors import RunError
 from dsv3.parallel import processes
-from dsv3.train.state import TrainState
+from dsv3.train.trees import (
+  Trees,
+  by_name,
+  dtypes,
+  from_names,
+  is_there,
+  shapes,
+)
 
-Trees = dict[str, Any]  # name of an item -> pytree
-COUNTERS = ("step", "skipped", "skipped_total")
 _LOG = logging.getLogger("absl")  # which Orbax writes to
 OPTIONAL = ("amax", "guarded")  # left out where a checkpoint has it otherwise
 
@@ -51,43 +57,8 @@ class _Errors(logging.Handler):
       self.last = record.exc_info[1]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
   """No checkpoint can be read: one line that says which and why."""
-
-
-def trees_of(state: TrainState, host_ema: Any = None) -> Trees:
-  """The items of a checkpoint; an item without arrays is left out."""
-  trees = {
-    "params": state.params,
-    "router": state.router,
-    "optimizer": state.opt_state,
-    "ema": state.ema if host_ema is None else host_ema,
-    "amax": state.precision.history,
-    "guarded": state.precision.high,
-    "counters": {name: getattr(state, name) for name in COUNTERS},
-  }
-  return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
-
-
-def state_of(trees: Mapping[str, Any], like: TrainState) -> TrainState:
-  """The TrainState in `trees`; what has no arrays comes from `like`.
-
-  A part of `precision` is None where the checkpoint has it not, or of another
-  recipe.
-  """
-  memory = like.precision
-  remembered = lambda item, part: trees.get(item, None if part else part)
-  return TrainState(
-    **{name: trees["counters"][name] for name in COUNTERS},
-    params=trees["params"],
-    opt_state=trees.get("optimizer", like.opt_state),
-    router=trees.get("router", like.router),
-    ema=None if like.ema is None else trees["ema"],
-    precision=memory._replace(
-      history=remembered("amax", memory.history),
-      high=remembered("guarded", memory.high),
-    ),
-  )
 
 
 class Checkpoints:
@@ -139,8 +110,12 @@ class Checkpoints:
     Raises CheckpointError, in every process, where the disk has no room for it.
     """
     self._check_room(step, trees)
-    named = {item: _by_name(tree) for item, tree in trees.items()}
-    meta = {**meta, "dtypes": _dtypes(named), "shapes": _shapes(named)}
+    named = {item: by_name(tree) for item, tree in trees.items()}
+    meta = {
+      **meta,
+      "dtypes": dtypes(named),
+      "shapes": shapes(named),
+    }
     items = {item: ocp.args.StandardSave(tree) for item, tree in named.items()}
     metrics = {"bits_per_byte": bits_per_byte} if bits_per_byte else None
     self._manager.save(
@@ -176,13 +151,13 @@ class Checkpoints:
     like = {
       item: tree
       for item, tree in like.items()
-      if item not in OPTIONAL or _is_there(item, tree, meta)
+      if item not in OPTIONAL or is_there(item, tree, meta)
     }
-    named = {item: _by_name(tree) for item, tree in like.items()}
+    named = {item: by_name(tree) for item, tree in like.items()}
     _check_dtypes(named, meta["dtypes"], self.folder / str(step))
     wanted = {item: ocp.args.StandardRestore(t) for item, t in named.items()}
     found = self._read(step, **wanted) if wanted else {}
-    trees = {item: _from_names(like[item], found[item]) for item in like}
+    trees = {item: from_names(like[item], found[item]) for item in like}
     return trees, meta
 
   def stored(self, step: int, item: str, meta: Mapping[str, Any]) -> Trees:
@@ -268,31 +243,6 @@ class Checkpoints:
       _LOG.removeHandler(self._errors)
 
 
-def abstract(
-  trees: Trees,
-  *,
-  on_host: tuple[str, ...] = (),
-  shardings: Mapping[str, Any] | None = None,
-) -> Trees:
-  """What `restore` needs to give arrays of these shapes: where each is to lie.
-
-  That is as `shardings` say, whatever mesh a checkpoint was saved on, or on the
-  first device. The items `on_host` come back as NumPy arrays.
-  """
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-  def of_item(item, tree):
-    if item in on_host:  # a view of one element: it takes no memory
-      view = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape)
-      return jax.tree.map(view, tree)
-    where = jax.tree.map(lambda _: device, tree)
-    where = where if shardings is None else shardings[item]
-    leaf = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
-    return jax.tree.map(leaf, tree, where)
-
-  return {item: of_item(item, tree) for item, tree in trees.items()}
-
-
 def _forget(error: Exception) -> None:
   """Drops what a failed read left behind without a page of text on stderr.
 
@@ -304,64 +254,9 @@ def _forget(error: Exception) -> None:
   sys.unraisablehook = report
 
 
-def _names(path) -> list[str]:
-  """Keys of a leaf's path; a Variable's own `.value` is no level of its own."""
-  keys = [
-    str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))))
-    for k in path
-  ]
-  return keys[:-1] if keys[-1] == "value" else keys
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-  """A pytree as nested dicts of its leaves."""
-  out = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    group, names = out, _names(path)
-    for name in names[:-1]:
-      group = group.setdefault(name, {})
-    group[names[-1]] = leaf
-  return out
-
-
-def _from_names(like: Any, named: Mapping[str, Any]) -> Any:
-  """Inverse of `_by_name`: the leaves of `named` in the structure of `like`."""
-
-  def find(path, _):
-    value = named
-    for name in _names(path):
-      value = value[name]
-    return value
-
-  return jax.tree_util.tree_map_with_path(find, like)
-
-
-def _dtypes(named: Mapping[str, Any]) -> dict[str, str]:
-  return {
-    "/".join(_names(path)): str(leaf.dtype)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(named)
-  }
-
-
-def _shapes(named: Mapping[str, Any]) -> dict[str, list[int]]:
-  return {
-    "/".join(_names(path)): list(leaf.shape)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(named)
-  }
-
-
-def _is_there(item: str, tree: Any, meta: Mapping[str, Any]) -> bool:
-  """Has a checkpoint the arrays of an item, and no others?"""
-  wanted = _shapes({item: _by_name(tree)})
-  stored = meta.get("shapes", {})
-  return wanted == {
-    name: shape for name, shape in stored.items() if name.startswith(f"{item}/")
-  }
-
-
 def _check_dtypes(named, found: Mapping[str, str], where) -> None:
   """Orbax casts to the wanted type in silence: a bfloat16 bias would stay one."""
-  for name, wanted in _dtypes(named).items():
+  for name, wanted in dtypes(named).items():
     if found.get(name, wanted) != wanted:
       raise CheckpointError(
         f"{where}: {name}: found {found[name]}, wanted {wanted}"

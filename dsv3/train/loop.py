@@ -20,6 +20,7 @@ from dsv3.cache import use_compilation_cache
 from dsv3.config import ConfigError
 from dsv3.data.batches import Batches
 from dsv3.data.prefetch import prefetch
+from dsv3.errors import RunError
 from dsv3.eval import bpb
 from dsv3.hf import imported
 from dsv3.nn import precision
@@ -27,22 +28,17 @@ from dsv3.parallel import processes
 from dsv3.parallel.presence import Presence
 from dsv3.plan import chips, count, here
 from dsv3.train import feed, identity, layout, program, run, schedule, state
-from dsv3.train.checkpoint import (
-  CheckpointError,
-  Checkpoints,
-  abstract,
-  state_of,
-  trees_of,
-)
+from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.clock import Clock
 from dsv3.train.ema import HostEma
 from dsv3.train.interrupt import Interrupts
 from dsv3.train.logs import MetricsLog, Progress, Silence, keep_until
 from dsv3.train.restore import start_from
+from dsv3.train.trees import abstract, state_of, trees_of
 from dsv3.train.watch import Watch
 
 
-class RunFailed(RuntimeError):
+class RunFailed(RunError):
   """A run that cannot go on: one line, with what is left of it."""
 
 
@@ -75,9 +71,7 @@ def train(
   try:
     return trainer.run(started)
   except Exception as error:
-    trainer.presence.follow(error)
-    expected = isinstance(error, (ConfigError, CheckpointError, RunFailed))
-    trainer.presence.leave(error, expected=expected)
+    trainer.presence.leave(error)
     raise
   finally:
     trainer.close()

@@ -14,7 +14,8 @@ from dsv3.hf import imported
 from dsv3.nn import precision
 from dsv3.nn.transformer import Transformer
 from dsv3.train import run, state
-from dsv3.train.checkpoint import CheckpointError, Checkpoints, abstract
+from dsv3.train.checkpoint import CheckpointError, Checkpoints
+from dsv3.train.trees import abstract
 
 
 class Trained(NamedTuple):

@@ -13,7 +13,10 @@ from tests import micro
   "diff, words",
   [
     ({"mesh.data": 0}, ("config.mesh.data", "found 0")),
-    ({"mesh.data": -1, "mesh.fsdp": -1}, ("config.mesh", "fsdp and data")),
+    (
+      {"mesh.data": -1, "mesh.fsdp": -1},
+      ("config.mesh", "-1 for data and fsdp"),
+    ),
     ({"mesh.data": -1, "mesh.fsdp": 3}, ("config.mesh.data=-1", "3", "8 dev")),
     ({"mesh.stage": 2}, ("config.mesh.stage", "found 2", "dsv3 plan")),
     ({"mesh.data": 16}, ("config.mesh", "16 devices", "the 8 there are")),

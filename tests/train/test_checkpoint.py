@@ -11,13 +11,8 @@ import numpy as np
 import pytest
 
 from dsv3.train import optimizer, state
-from dsv3.train.checkpoint import (
-  CheckpointError,
-  Checkpoints,
-  abstract,
-  state_of,
-  trees_of,
-)
+from dsv3.train.checkpoint import CheckpointError, Checkpoints
+from dsv3.train.trees import abstract, state_of, trees_of
 from tests import micro
 
 # Orbax's reads of a damaged file fail a second time when they are collected.
