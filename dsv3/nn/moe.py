@@ -39,7 +39,7 @@ def no_traffic(n_sequences: int, n_routed: int) -> Traffic:
     jnp.zeros((0, n_routed), jnp.int32),
     jnp.zeros((0, n_sequences, n_routed), jnp.int32),
     jnp.zeros((0, n_sequences, n_routed), jnp.float32),
-    dispatch.Moved(*[jnp.zeros(0, jnp.int32)] * 3),
+    dispatch.Moved(*[jnp.zeros(0, jnp.int32)] * len(dispatch.Moved._fields)),
   )
 
 

@@ -106,17 +106,19 @@ class Moved(NamedTuple):
   """Rows that left the device of their token, forward, one way; int32.
 
   A token goes to a node once, whatever it has there; `saved` is how many more
-  rows there would be between nodes if it went to each of its experts.
+  rows there would be between nodes if it went to each of its experts. `late` are
+  those that a buffer had no room for at first (`mesh.expert_rows`).
   """
 
   between_nodes: jax.Array
   inside_nodes: jax.Array
   saved: jax.Array
+  late: jax.Array
 
 
 def nothing_moved() -> Moved:
   """Of a device that has all experts."""
-  return Moved(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+  return Moved(*[jnp.int32(0)] * len(Moved._fields))
 
 
 def through_experts(run, x_TD, experts_TK, gate_TK, n_experts: int):

@@ -67,8 +67,11 @@ class Exchange:
       longest = lax.pmax(load_PPE.sum(-1).max(), self.everyone or self.axis)
       y_TD += _further(self, rows, most, how, sizes, longest)
     here = lax.axis_index(self.axis)
-    elsewhere = plan.load_E.sum() - load_PPE[here, here].sum()
-    moved = dispatch.nothing_moved()._replace(inside_nodes=elsewhere)
+    sent_P = load_PPE[here].sum(-1)
+    moved = dispatch.nothing_moved()._replace(
+      inside_nodes=sent_P.sum() - sent_P[here],
+      late=jnp.maximum(sent_P - rows, 0).sum(),
+    )
     return y_TD, plan.load_E, moved
 
   def _send(self, first, rows, run, x_TD, gate_TK, plan, load_PPE):

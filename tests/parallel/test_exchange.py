@@ -157,7 +157,11 @@ def test_sec322_experts_elsewhere_are_experts_here(name, kind, monkeypatch):
   assert not np.any(y_TD) == (kind == "none")
   for found, wanted in zip(grads, wanted_grads):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-  assert [int(n) for n in moved] == counted(EXCHANGES[name], draw(kind))
+  assert [int(n) for n in moved[:3]] == counted(EXCHANGES[name], draw(kind))
+  # Of 16 rows that each device has for one, there is room for half of 24 / 8.
+  late = {"8 devices in rounds": 14, "8 devices, ragged in rounds": 13}
+  if kind == "all to one device" and not name.startswith("2 nodes"):
+    assert int(moved.late) == 8 * late.get(name, 0)
 
 
 def counted(exchange, experts_TK) -> list[int]:
