@@ -377,6 +377,13 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     "v5p:4x4x8; memory, collectives, surprises",
   )
   command.add_argument(
+    "--max_minutes",
+    type=types.amount,
+    default=30.0,
+    metavar="N",
+    help="of compiling for --lower [30]",
+  )
+  command.add_argument(
     "--tokens", type=types.amount, metavar="N", help="the budget [train.tokens]"
   )
   command.add_argument(

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import os
 import pathlib
+import sys
 
 from dsv3 import config, overlay
-from dsv3.config import ConfigError
+from dsv3.errors import ConfigError, RunError
 from dsv3.plan import answer, report, serve
 from dsv3.plan.unit import Unit
 
@@ -60,7 +62,11 @@ def _lower(arguments: argparse.Namespace) -> int:
   if arguments.seq:
     diff["data.seq_len"] = arguments.seq
   values = config.build(overlay.overlay(tree, diff))
-  found = lower.lower(values, arguments.lower)
+  try:
+    found = lower.lower(values, arguments.lower, arguments.max_minutes)
+  except RunError as error:
+    print(f"dsv3: error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)  # the compiler is still at it, and nothing stops it
   print(found.text())
   return 1 if found.surprises else 0
 

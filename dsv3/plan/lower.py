@@ -16,14 +16,16 @@ import dataclasses
 import os
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from dsv3 import config
-from dsv3.config import ConfigError
+from dsv3.errors import ConfigError, RunError
 from dsv3.plan import hlo
 from dsv3.train import layout, program, schedule
 
@@ -137,11 +139,14 @@ def _parse(target: str) -> tuple[str, tuple[int, ...]]:
   return kind, tuple(map(int, parts))
 
 
-def lower(values: config.Config, target: str) -> Lowered:
+def lower(values: config.Config, target: str, minutes: float = 30.0) -> Lowered:
   """Compiles the step of `values` on config.mesh of the target's devices.
 
-  `prepare` must have been called before. Raises ConfigError for a mesh that
-  cannot be, or a target that nothing here compiles for.
+  `prepare` must have been called before.
+
+  Raises:
+    ConfigError: a mesh that cannot be, or a target that nothing here compiles for.
+    RunError: the compiler takes more than `minutes`, and goes on behind the error.
   """
   where = layout.of_devices(values, devices(target))
   plan = schedule.make(values)
@@ -159,7 +164,7 @@ def lower(values: config.Config, target: str) -> Lowered:
     lowered = traced.lower()
   traced_at = time.monotonic()
   with _stderr() as said:
-    compiled = lowered.compile()
+    compiled = _within(minutes, lowered.compile)
   done = time.monotonic()
   memory, text = compiled.memory_analysis(), compiled.as_text()
   found = hlo.collectives_of(text)
@@ -179,6 +184,30 @@ def lower(values: config.Config, target: str) -> Lowered:
     trace_seconds=traced_at - begin,
     compile_seconds=done - traced_at,
   )
+
+
+def _within(minutes: float, compile: Callable[[], Any]) -> Any:
+  """What `compile` returns or raises, or RunError when the time is over."""
+  outcome = []
+
+  def run():
+    try:
+      outcome.append((compile(), None))
+    except BaseException as error:  # of the thread that waits
+      outcome.append((None, error))
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join(60 * minutes)
+  if not outcome:
+    raise RunError(
+      f"--lower: not compiled after {minutes:g} minutes (--max_minutes); "
+      "recomputing more (model.remat=full) leaves the compiler less to fit"
+    )
+  found, error = outcome[0]
+  if error:
+    raise error
+  return found
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """Compiling for devices that are not there: what is read in the program."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from dsv3.config import ConfigError, Mesh
+from dsv3.errors import RunError
 from dsv3.plan import count, hlo, lower
 from tests import micro
 
@@ -53,6 +56,29 @@ def test_collectives_are_counted_over_loops():
   )
 
 
+# As XLA writes it for a TPU.
+CONDITION = """
+%c.1 (q: (s32[], f32[4,8])) -> pred[] {
+  %end.1 = s32[]{:T(128)} constant(7)
+  %q = (s32[]{:T(128)}, f32[4,8]{1,0}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %end.1), direction=LT
+}
+"""
+
+
+@pytest.mark.parametrize("end, n", [("%end.1", 7), ("%carried.1", 1)])
+def test_a_loop_whose_length_is_in_its_condition_alone(end, n):
+  text = TEXT.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+  condition = CONDITION.replace("(%i.1, %end.1)", f"(%i.1, {end})")
+  found = hlo.collectives_of(
+    text.replace("\n%branch.3", condition + "\n%branch.3", 1)
+  )
+  assert {c.kind: c.count for c in found if c.sure} == {
+    "all-reduce": n, "all-gather": n, "reduce-scatter": 1,
+  }  # fmt: skip
+
+
 def test_a_branch_is_not_surely_taken():
   (maybe,) = [c for c in hlo.collectives_of(TEXT) if not c.sure]
   assert (maybe.kind, maybe.count) == ("all-reduce", 1)
@@ -74,6 +100,16 @@ def test_a_step_on_devices_that_are_there_for_the_test():
   kinds = {c.kind for c in found.collectives}
   assert "all-to-all" in kinds and "all-reduce" in kinds
   assert "all-to-all: " in found.text()
+
+
+def test_the_compiler_is_not_waited_for_longer_than_was_said():
+  begin = time.monotonic()
+  with pytest.raises(RunError, match=r"0.001 minutes \(--max_minutes\)"):
+    lower._within(0.001, lambda: time.sleep(5))
+  assert time.monotonic() - begin < 3
+  assert lower._within(1, lambda: 7) == 7
+  with pytest.raises(KeyError):
+    lower._within(1, {}.popitem)
 
 
 def test_an_all_gather_of_all_experts_is_a_surprise():
