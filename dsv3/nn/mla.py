@@ -154,8 +154,9 @@ class Mla(nnx.Module):
     positions_L = self.placement.dealt(jnp.arange(h_BLD.shape[1]))
     turns = rope_frequencies(self.model), positions_L
     q = self.queries(h_BLD, *turns)
+    gemm = self.gemm.of_part or self.gemm
     run = self.placement.spread(
-      functools.partial(attend_to_all, model=self.model, gemm=self.gemm),
+      functools.partial(attend_to_all, model=self.model, gemm=gemm),
       ("", "", "BLHX", "BLC", "BLR", "BL"),
       "BLHV",
     )

@@ -153,7 +153,8 @@ def make_model(
   model: config.Model, key: jax.Array, placement: Placement = ONE_DEVICE
 ) -> Transformer:
   """A Transformer with weights drawn from `key`."""
-  return Transformer(model, gemm=gemm_of(model), key=key, placement=placement)
+  gemm = gemms.deal(gemm_of(model), placement)
+  return Transformer(model, gemm=gemm, key=key, placement=placement)
 
 
 def gemm_of(model: config.Model) -> Gemm:

@@ -17,6 +17,7 @@ from dsv3.ops import grouped, report
 from dsv3.ops.fp8 import Operand
 from dsv3.ops.limited import LimitedProducts
 from dsv3.ops.linear import Passes, Weight, activation, linear, record_amax
+from dsv3.ops.placement import ONE_DEVICE, Placement
 from dsv3.ops.products import Products
 from dsv3.ops.recipes import Recipe
 from dsv3.ops.swiglu import swiglu
@@ -36,6 +37,8 @@ class Gemm:
   of experts times their gates.
 
   A weight is an array or a `Weight`. `recipe` is None where nothing is quantised.
+  `of_part` is what a function that every device runs on its own part multiplies
+  by (`Placement.spread`); None where that is the same.
   """
 
   dtype: str
@@ -44,6 +47,7 @@ class Gemm:
   swiglu_dot: Callable[..., jax.Array]
   grouped_swiglu_dot: Callable[..., jax.Array]
   recipe: Recipe | None = None
+  of_part: "Gemm | None" = None
 
 
 def make(
@@ -56,6 +60,31 @@ def make(
   if not recipe.quantises:
     return plain(dtype, kernel)
   return fp8(recipe, dtype, kernel, products)
+
+
+def deal(gemm: Gemm, placement: Placement) -> Gemm:
+  """The Gemm with which every device multiplies the tokens that it has.
+
+  Where nothing is quantised the compiler sees to that itself. A kernel it cannot
+  cut: it would give all tokens to all devices. Nor does a tile then lie on two.
+  """
+  if gemm.recipe is None or placement is ONE_DEVICE:
+    return gemm
+
+  def dealt(product):
+    def run(x_BLI, w, role=""):
+      dims = "BL" + "_" * (x_BLI.ndim - 2)
+      of_part = lambda _, x, w: product(x, w, role)
+      return placement.spread(of_part, (dims, ""), "BL__")(x_BLI, w)
+
+    return run
+
+  return dataclasses.replace(
+    gemm,
+    dot=dealt(gemm.dot),
+    swiglu_dot=dealt(gemm.swiglu_dot),
+    of_part=gemm,
+  )
 
 
 def plain(dtype: str, kernel: str = "auto") -> Gemm:

@@ -91,7 +91,8 @@ def _spread(function, dims_in, dims_out, *, peers: Peers, mesh):
     assert len(specs) == len(leaves), (dims_in, len(specs), len(leaves))
 
     def on_device(leaves):
-      return function(peers, *jax.tree.unflatten(structure, leaves))
+      arguments = jax.tree.unflatten(structure, leaves)
+      return function(peers, *_drawn_apart(arguments, mesh.axis_names))
 
     # What it returns is made equal by `peers.total`; the tests hold it to that.
     return jax.shard_map(
@@ -103,6 +104,18 @@ def _spread(function, dims_in, dims_out, *, peers: Peers, mesh):
     )(leaves)
 
   return run
+
+
+def _drawn_apart(arguments, axes):
+  """Weights whose stochastic rounding is another draw on each device."""
+
+  def of(weight):
+    if not isinstance(weight, Weight) or weight.seed is None:
+      return weight
+    number = lax.axis_index(axes).astype(weight.seed.dtype)
+    return dataclasses.replace(weight, seed=weight.seed + number)
+
+  return jax.tree.map(of, arguments, is_leaf=lambda x: isinstance(x, Weight))
 
 
 def _specs_of(module) -> list[PartitionSpec]:

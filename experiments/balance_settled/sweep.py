@@ -9,4 +9,11 @@ METRICS = ["loss", "max_vio"]
 
 def runs():
   loss = {"model.moe.balancing": "sequence", "schedule.balance_weight": 1e-3}
-  return arms({"sequence": loss, "bias": {"model.moe.balancing": "bias"}})
+  bias = {"model.moe.balancing": "bias"}
+  return arms(
+    {
+      "sequence": loss,
+      "bias": bias,
+      "bias=0.001": bias | {"schedule.bias_speed": 0.001},  # the report's
+    }
+  )
