@@ -15,5 +15,8 @@ def runs():
       "sequence": loss,
       "bias": bias,
       "bias=0.001": bias | {"schedule.bias_speed": 0.001},  # the report's
+      "proportional=0.003": bias | {"model.moe.bias_step": "proportional"},
+      "proportional=0.01": bias
+      | {"model.moe.bias_step": "proportional", "schedule.bias_speed": 0.01},
     }
   )
