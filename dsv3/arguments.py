@@ -373,6 +373,8 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
   command.add_argument(
     "--lower",
     metavar="TARGET",
+    nargs="?",
+    const="h200:1x8",
     help="compile the step for devices that are not there: cpu:8, h200:1x8, "
     "v5p:4x4x8; memory, collectives, surprises",
   )

@@ -51,6 +51,8 @@ def _lower(arguments: argparse.Namespace) -> int:
   """Compiles the step for devices that are not there; 1 for a surprise."""
   from dsv3.plan import lower
 
+  if not arguments.config:
+    raise ConfigError("--config: missing; for example --config=v3_671b")
   lower.prepare(arguments.lower)
   given = arguments.mesh.split(",") if arguments.mesh else []
   mesh = ["mesh.data=1"] if given else []

@@ -18,6 +18,7 @@ from typing import IO
 import jax
 
 from dsv3.errors import TOLD
+from dsv3.parallel import processes
 
 GRACE_SECONDS = 5  # for the error of a collective to come, and to be told
 _LOOK_SECONDS = 1
@@ -28,30 +29,24 @@ class Presence:
   """A locked file of each process in the run folder.
 
   The system frees the lock of a process that is killed. Alone, a process has no
-  file.
+  file. All make one together, and from there on each ends soon after another, or
+  after an error of `trouble`: of that no caller is told while all wait for each
+  other.
   """
 
-  def __init__(self, workdir: pathlib.Path):
+  def __init__(self, workdir: str | pathlib.Path):
     self._folder = pathlib.Path(workdir) / "processes"
     self._mine: IO | None = None
     self._closed = threading.Event()
+    self._blind = False  # and has said so
+    self.trouble: Callable[[], BaseException | None] = lambda: None
     if jax.process_count() > 1:
       self._folder.mkdir(parents=True, exist_ok=True)
       self._mine = open(self._folder / str(jax.process_index()), "a+")
       fcntl.flock(self._mine, fcntl.LOCK_EX)
       self._write(f"{socket.gethostname()}, pid {os.getpid()}")
-
-  def watch(
-    self, trouble: Callable[[], BaseException | None] = lambda: None
-  ) -> None:
-    """From here on this process ends soon after another; all must be there.
-
-    And so it does after an error of `trouble`, of which no caller is told while
-    all wait for each other.
-    """
-    if self._mine:
-      look = threading.Thread(target=self._look, args=[trouble], daemon=True)
-      look.start()
+      processes.wait_for_all("present")
+      threading.Thread(target=self._look, daemon=True).start()
 
   def gone(self) -> list[str]:
     """Processes that have ended of themselves, as `process 1 (host, pid 7)`."""
@@ -59,14 +54,24 @@ class Presence:
     for i in range(jax.process_count() if self._mine else 0):
       if i == jax.process_index():
         continue
-      with open(self._folder / str(i)) as file:
-        try:
+      try:  # NFS locks what is open for writing alone
+        with open(self._folder / str(i), "r+") as file:
           fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-          continue
-        if (text := file.read()) != _FOLLOWED:
-          found.append(f"process {i} ({text})")
+          text = file.read()
+      except BlockingIOError:
+        continue
+      except OSError as error:
+        self._tell_blind(error)
+        continue
+      if text != _FOLLOWED:
+        found.append(f"process {i} ({text})")
     return found
+
+  def _tell_blind(self, error: OSError) -> None:
+    if not self._blind:
+      self._blind = True
+      text = f"processes that end cannot be seen in the run folder ({error})"
+      print(f"dsv3: {text}", file=sys.stderr, flush=True)
 
   def leave(self, error: BaseException) -> None:
     """Ends this process of several with an error; alone it returns.
@@ -81,7 +86,7 @@ class Presence:
       if gone := self.gone():
         self._follow(gone, _line(error))
       time.sleep(0.1)
-    if not isinstance(error, TOLD):
+    if not isinstance(error, (*TOLD, KeyboardInterrupt)):
       traceback.print_exception(error)
     _end(_line(error))
 
@@ -97,10 +102,10 @@ class Presence:
     self._mine.write(text)
     self._mine.flush()
 
-  def _look(self, trouble) -> None:
+  def _look(self) -> None:
     since = None
     while not self._closed.wait(_LOOK_SECONDS):
-      gone, error = self.gone(), trouble()
+      gone, error = self.gone(), self.trouble()
       since = (since or time.monotonic()) if gone or error else None
       if since is None or time.monotonic() - since < GRACE_SECONDS:
         continue
@@ -114,7 +119,7 @@ class Presence:
 
 
 def _line(error: BaseException) -> str:
-  return str(error).strip().split("\n")[0][:120]
+  return str(error).strip().split("\n")[0][:120] or type(error).__name__
 
 
 def _end(text: str) -> None:

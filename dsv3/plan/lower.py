@@ -13,6 +13,7 @@ no weight is made.
 import collections
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import tempfile
@@ -131,12 +132,17 @@ def devices(target: str) -> Sequence[jax.Device]:
 
 def _parse(target: str) -> tuple[str, tuple[int, ...]]:
   kind, _, size = target.partition(":")
-  parts = size.split("x")
-  if not kind or not all(part.isdigit() for part in parts):
+  n = [int(part) for part in size.split("x") if part.isdigit()]
+  wanted = {"cpu": (1,), "h200": (2,)}.get(kind, (2, 3))
+  known = kind in ("cpu", "h200") or kind.startswith(("v", "tpu"))
+  if (
+    not known or len(n) != size.count("x") + 1 or len(n) not in wanted or 0 in n
+  ):
     raise ConfigError(
-      f"--lower: found {target}, wanted one such as cpu:8, h200:1x8 or v5p:4x4x8"
+      f"--lower: found {target}, wanted one such as cpu:8, h200:1x8 (nodes x "
+      "GPUs) or v5p:4x4x8"
     )
-  return kind, tuple(map(int, parts))
+  return kind, tuple(n)
 
 
 def lower(values: config.Config, target: str, minutes: float = 30.0) -> Lowered:
@@ -263,13 +269,17 @@ def _gathered(found, values: config.Config, mesh: config.Mesh) -> list[str]:
   m = values.model
   if mesh.expert == 1 or m.ffn != "moe":
     return []
-  all_of_it = {m.moe.n_routed, m.dim, m.moe.hidden}
+  one_matrix = m.moe.n_routed * m.dim * m.moe.hidden
+
+  def of_all(dims: list[int]) -> bool:  # gate and up may be one dim
+    return m.moe.n_routed in dims and math.prod(dims) % one_matrix == 0
+
   return [
     f"an all-gather of {c.result}: all experts of a layer"
     for c in found
     if c.kind == "all-gather"
     for dims in re.findall(r"\[([\d,]+)\]", c.result)
-    if all_of_it <= set(map(int, dims.split(",")))
+    if of_all([int(n) for n in dims.split(",")])
   ]
 
 

@@ -15,13 +15,14 @@ Orbax writes to a folder of another name and renames it, so a killed save
 leaves no checkpoint rather than half of one.
 """
 
+import contextlib
 import gc
 import json
 import logging
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,7 +59,7 @@ class _Errors(logging.Handler):
 
 
 class CheckpointError(RunError):
-  """No checkpoint can be read: one line that says which and why."""
+  """A checkpoint that cannot be read or written: one line, which and why."""
 
 
 class Checkpoints:
@@ -73,8 +74,9 @@ class Checkpoints:
 
   def _manage(self, kept: int) -> ocp.CheckpointManager:
     _LOG.addHandler(self._errors)
-    if jax.process_index() == 0:
+    if processes.is_first():
       self._set_aside_unreadable_scores()
+    processes.wait_for_all("scores of checkpoints read")
     score = lambda metrics: metrics["bits_per_byte"]
     best = checkpoint_managers.BestN(
       get_metric_fn=score,
@@ -118,12 +120,26 @@ class Checkpoints:
     }
     items = {item: ocp.args.StandardSave(tree) for item, tree in named.items()}
     metrics = {"bits_per_byte": bits_per_byte} if bits_per_byte else None
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
-      metrics=metrics,
-      force=True,
-    )
+    with self._told(f"step {step}"):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
+        metrics=metrics,
+        force=True,
+      )
+
+  @contextlib.contextmanager
+  def _told(self, what: str) -> Iterator[None]:
+    """Makes one line of what goes wrong in a save, now or in the one before."""
+    try:
+      yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+      reason = str(error).strip().split("\n")[0][:120]
+      steps = sorted(ocp.utils.checkpoint_steps(self.folder))
+      raise CheckpointError(
+        f"{self.folder}: {what} could not be written ({reason}); the newest "
+        f"there is: {steps[-1] if steps else 'none'}"
+      ) from error
 
   def _check_room(self, step: int, trees: Trees) -> None:
     """Before anything is written: a write that fails in one process of several
@@ -196,9 +212,7 @@ class Checkpoints:
     for step in reversed(self.steps):
       try:
         found = self.restore(step, like)
-        for newer in damaged if set_aside else ():
-          self._set_aside(newer)
-        return step, *found
+        break
       except CheckpointError:
         raise
       except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -207,9 +221,13 @@ class Checkpoints:
         failures.append(f"{self.folder / str(step)} ({reason})")
         tell(f"damaged checkpoint: {failures[-1]}; trying the one before")
         damaged.append(step)
-    if failures:
-      raise CheckpointError(f"no checkpoint can be read: {failures[0]}")
-    return None
+    else:
+      if failures:
+        raise CheckpointError(f"no checkpoint can be read: {failures[0]}")
+      return None
+    if damaged and set_aside:
+      self._set_aside(damaged)
+    return step, *found
 
   def _set_aside_unreadable_scores(self) -> None:
     """Orbax reads the scores of all steps at once, and stops at a damaged one."""
@@ -229,13 +247,19 @@ class Checkpoints:
       place = place.with_name(f"{place.name}+")
     return step.rename(place)
 
-  def _set_aside(self, step: int) -> None:
-    self._move(self.folder / str(step))
+  def _set_aside(self, steps: Sequence[int]) -> None:
+    """One process moves them, when all have found them damaged."""
+    processes.wait_for_all("damaged checkpoints found")
+    if processes.is_first():
+      for step in steps:
+        self._move(self.folder / str(step))
+    processes.wait_for_all("damaged checkpoints set aside")
     self._manager.reload()
 
   def wait(self) -> None:
     """Returns when all saves are on disk; raises what went wrong with them."""
-    self._manager.wait_until_finished()
+    with self._told("a checkpoint"):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     if self._manager is not None:

@@ -67,25 +67,33 @@ def train(
   with the config, the data or the folder; RunFailed for a run that diverged.
   """
   started = time.monotonic()
-  trainer = _Trainer(values, pathlib.Path(workdir), given)
+  run.changes(workdir, values)  # another run's folder: before anything else
+  presence, trainer = Presence(workdir), None
   try:
+    trainer = _Trainer(values, pathlib.Path(workdir), given, presence)
     return trainer.run(started)
-  except Exception as error:
-    trainer.presence.leave(error)
+  except (Exception, KeyboardInterrupt) as error:
+    presence.leave(error)
     raise
   finally:
-    trainer.close()
+    if trainer:
+      trainer.close()
+    presence.close()
 
 
 class _Trainer:
   """The parts of a run, and what is done with them after a step."""
 
   def __init__(
-    self, values: config.Config, workdir: pathlib.Path, given: run.Given
+    self,
+    values: config.Config,
+    workdir: pathlib.Path,
+    given: run.Given,
+    presence: Presence,
   ):
     use_compilation_cache()
-    run.changes(workdir, values)  # another run's folder: before anything else
     self.values, self.workdir = values, workdir
+    self.presence = presence
     self.layout = layout.of_run(values)
     self.schedule = schedule.make(values)
     self.data = Batches(values, values.train.seed)
@@ -124,9 +132,8 @@ class _Trainer:
         f"{self.done}: so many are done in {workdir}"
       )
     changed = run.changes(workdir, values)
-    self.presence = Presence(workdir)
+    self.presence.trouble = self.checkpoints.trouble
     processes.wait_for_all("run folder read")
-    self.presence.watch(self.checkpoints.trouble)
     self.log = self.progress = Silence()
     if first:
       run.record(workdir, values, given)
@@ -264,6 +271,7 @@ class _Trainer:
       )
     )
     waiting = None  # step, its metrics and labels, not yet fetched
+    signum = None  # that all processes know of
     with Interrupts() as interrupts, contextlib.closing(rows):
       for batch in rows:
         self._tell_batch_size()
@@ -280,9 +288,10 @@ class _Trainer:
         waiting = (self.done, metrics, labels_BPL)
         if self.host_ema:
           self.host_ema.update(self.state.params)
-        # All stop after the same step, whichever of them is told to.
-        interrupts.signum = processes.largest(interrupts.signum or 0) or None
-        stop = interrupts.signum or processes.largest(clock.is_over())
+        # All stop after the same step, whichever of them is told to. A signal that
+        # comes while they agree is met after the next one.
+        signum = self._agreed(interrupts)
+        stop = signum or processes.largest(clock.is_over())
         last = stop or self.done == self.schedule.steps
         if (
           last or self._is_due("eval_every") or self._is_due("checkpoint_every")
@@ -290,11 +299,12 @@ class _Trainer:
           self._settle(*waiting, clock, last=last)
           waiting = None
           with clock.paused():
-            self._after_step(last, interrupts.signum)
+            self._after_step(last, signum)
         if stop:
           break
       self._tell_measured(clock.tokens_per_second())
-      score = None if interrupts.signum else self._evaluate_at_the_end()
+      signum = signum or self._agreed(interrupts)
+      score = None if signum else self._evaluate_at_the_end()
       self.checkpoints.wait()  # a signal now must not cut the last save short
     saved = self.checkpoints.steps
     return Outcome(
@@ -302,10 +312,14 @@ class _Trainer:
       self.done,
       self.schedule.steps,
       saved[-1] if saved else None,
-      interrupts.signum,
+      signum,
       score,
       self.max_vio,
     )
+
+  def _agreed(self, interrupts: Interrupts) -> int | None:
+    """A signal that any of the processes has had; all ask."""
+    return processes.largest(interrupts.signum or 0) or None
 
   def _watch(self, batch) -> None:
     found = self.watch.look(self.done, self.state, batch, self.progress.tell)
@@ -446,5 +460,4 @@ class _Trainer:
     self.progress.close()
     self.log.close()
     self.checkpoints.close()
-    self.presence.close()
     self.folder.close()

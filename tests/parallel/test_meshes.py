@@ -145,6 +145,13 @@ def test_mesh_and_microbatches_change_nothing(mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["dense", "tiles", "ragged"])
+def test_kernels_of_experts_change_nothing_on_a_mesh(kernel):
+  for term in ALONE:
+    same({"data": 2, "expert": 4}, term, **{"model.moe.kernel": kernel})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mesh", [{"data": 2, "expert": 2, "fsdp": 2}], ids=named
 )

@@ -19,6 +19,7 @@ from dsv3.train import layout, loop
 from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.logs import read_metrics
 from tests import micro
+from tests.train.test_checkpoint import damage
 
 RELATIVE = 1e-5
 MESH = {"mesh.data": 2, "mesh.expert": 2}
@@ -42,7 +43,7 @@ def free_port() -> int:
     return listener.getsockname()[1]
 
 
-def start(config, workdir, n: int, *words):
+def start(config, workdir, n: int, *words, of_second: str | None = None):
   """`n` processes of a run, with two devices each."""
   flags = re.sub(r"--xla_force_host\S*", "", os.environ["XLA_FLAGS"])
   flags += " --xla_force_host_platform_device_count=2"
@@ -54,7 +55,11 @@ def start(config, workdir, n: int, *words):
   ]
   return [
     subprocess.Popen(
-      [*command, f"--process_id={i}"],
+      [
+        *command,
+        f"--process_id={i}",
+        *([of_second] if of_second and i else []),
+      ],
       env=os.environ | {"XLA_FLAGS": flags},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -73,6 +78,11 @@ def finish(started) -> list[str]:
   finally:
     for process in started:
       process.kill()
+
+
+def finished(started):
+  finish(started)
+  return started
 
 
 def lines(workdir):
@@ -143,6 +153,40 @@ def test_a_killed_process_is_named_and_the_next_start_goes_on(corpus, tmp_path):
   assert [process.returncode for process in again] == [0] * 4, texts
   assert f"goes on after step {before}" in texts[0]
   assert [x["step"] for x in lines(workdir)] == list(range(1, before + 3))
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_set_aside_once(corpus, tmp_path):
+  """Both find it damaged, one moves it, and both go on from the one before."""
+  diff = {**corpus, **MESH, "train.steps": 4, "train.checkpoint_every": 1}
+  config = micro.write_config(
+    tmp_path / "c.py", {**diff, "train.checkpoints_kept": 3}
+  )
+  workdir = tmp_path / "run"
+  assert [p.returncode for p in finished(start(config, workdir, 2))] == [0, 0]
+  for step in (3, 4):
+    damage(workdir / "checkpoints" / str(step))
+  again = start(config, workdir, 2)
+  texts = finish(again)
+  assert [process.returncode for process in again] == [0, 0], texts
+  assert "goes on after step 2" in texts[0], texts
+  moved = sorted(path.name for path in (workdir / "damaged").iterdir())
+  assert moved == ["3", "4"]
+  assert [line["step"] for line in lines(workdir)] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_at_the_start_ends_all_and_is_named(corpus, tmp_path):
+  config = micro.write_config(tmp_path / "c.py", {**corpus, **MESH})
+  begin = time.monotonic()
+  started = start(
+    config, tmp_path / "run", 2, of_second="--config.data.sources=nowhere"
+  )
+  texts = finish(started)
+  assert time.monotonic() - begin < 45  # most of it the start itself
+  assert all(process.returncode for process in started)
+  assert "nowhere" in texts[1], texts
+  assert f"process 1 ({socket.gethostname()}" in texts[0], texts
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,9 @@ def test_an_all_gather_of_all_experts_is_a_surprise():
   share = f"f32[{m.moe.n_routed // 2},{m.dim},2,{m.moe.hidden}]"
   of = lambda result: [hlo.Collective("all-gather", result, 1, 1)]
   mesh = Mesh(expert=2)
-  assert "all experts" in lower._gathered(of(whole), values, mesh)[0]
+  merged = f"f32[1,{m.moe.n_routed},{m.dim},{2 * m.moe.hidden}]"
+  for all_of_it in (whole, merged):  # as stored, and as products read it
+    assert "all experts" in lower._gathered(of(all_of_it), values, mesh)[0]
   assert lower._gathered(of(share), values, mesh) == []
   assert lower._gathered(of(whole), values, Mesh(fsdp=2)) == []
 

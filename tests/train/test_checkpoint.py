@@ -184,3 +184,21 @@ def test_a_full_disk_is_said_before_anything_is_written(
   checkpoints.save(9, trees_of(start), {})
   checkpoints.close()
   assert Checkpoints(tmp_path, read_only=True).steps[-1] == 9
+
+
+def test_a_write_that_fails_is_one_line_with_the_newest_that_is_left(
+  tmp_path, start, monkeypatch
+):
+  checkpoints = save_three(tmp_path, start)
+
+  def fail(*args, **kwargs):
+    raise ValueError('OUT_OF_RANGE: Error writing "a/0"\nand a page of this')
+
+  monkeypatch.setattr(checkpoints._manager, "save", fail)
+  with pytest.raises(CheckpointError, match="step 4 .*; the newest .*: 3$"):
+    checkpoints.save(4, trees_of(start), {})
+  monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+  with pytest.raises(
+    CheckpointError, match="OUT_OF_RANGE.*; the newest .*: 3$"
+  ):
+    checkpoints.wait()

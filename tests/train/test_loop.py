@@ -1,5 +1,6 @@
 """A run: resumed as never stopped, stopped on request, intact when it fails."""
 
+import os
 import pathlib
 import shutil
 import signal
@@ -134,6 +135,23 @@ def test_killed_at_any_instant_a_run_resumes_to_bit_equal_numbers(
   assert numbers(workdir) == numbers(straight)
   resumed, whole = (restore(d, ema=True).params for d in (workdir, straight))
   assert jax.tree.all(jax.tree.map(np.array_equal, resumed, whole))
+
+
+def test_a_signal_while_processes_agree_is_met_after_the_next_step(
+  corpus, tmp_path, monkeypatch
+):
+  """That is while all wait for a step: nearly always, where steps are long."""
+  said = []
+
+  def largest(number):
+    said.append(number)
+    if len(said) == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return number
+
+  monkeypatch.setattr(loop.processes, "largest", largest)
+  outcome = loop.train(micro.config_of(corpus), tmp_path / "run")
+  assert (outcome.signum, outcome.step, outcome.saved) == (signal.SIGTERM, 2, 2)
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(
