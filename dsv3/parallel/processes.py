@@ -23,8 +23,8 @@ def start(
 ) -> None:
   """Joins the other processes of a run, if there are any; before any device.
 
-  With no arguments they are those of the cluster's job: Slurm's, Open MPI's, a
-  TPU slice's, as JAX finds them. Raises ConfigError for a part of the arguments.
+  With no arguments they are those of the cluster's job: Slurm's, Open MPI's, of a
+  TPU slice on GKE, as JAX finds them; on TPU VMs give the arguments. Raises ConfigError for a part of the arguments.
   """
   given = {
     "--coordinator": coordinator,

@@ -95,7 +95,8 @@ def check_run(mesh: Mesh, values: config.Config, devices: int) -> None:
       f"{devices} there are"
     )
   check_model(mesh, values)
-  for rank in ("q_rank", "kv_rank"):
+  latents = ("q_rank", "kv_rank")  # of the other kinds, queries have one
+  for rank in latents if values.model.attention.kind == "mla" else latents[:1]:
     size = getattr(values.model.attention, rank)
     if size % mesh.fsdp:
       raise ConfigError(

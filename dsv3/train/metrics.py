@@ -52,7 +52,8 @@ def of_exchange(moved_X: Moved, model: config.Model) -> dict[str, jax.Array]:
   """Gigabytes that activations and their gradients took to experts and back.
 
   `saved` is what more would have gone between nodes, had a token gone there once
-  for every expert and not once for every node (Sec. 3.2.2).
+  for every expert and not once for every node (Sec. 3.2.2). `late` went in further
+  rounds (`mesh.expert_rows`), and is in the other two.
   """
   row = 4 * model.dim * jnp.dtype(model.dtype).itemsize  # there, back, backward
   return {

@@ -19,6 +19,8 @@ from dsv3.parallel.exchange import (
   distinct,
   kernel_of,
 )
+from dsv3.train import metrics
+from tests import micro
 
 T, D, K, E = 64, 8, 3, 16  # tokens, over all devices
 AT = ("node", "expert")
@@ -204,3 +206,15 @@ def spread(exchange, *arguments):
     out_specs=along,
     check_vma=False,
   )(*arguments)
+
+
+def test_metrics_have_the_bytes_of_rows_and_what_nodes_saved():
+  """x there, y back, and both gradients, in the model's type."""
+  model = micro.config_of({"model.dtype": "bfloat16"}).model
+  rows = [jnp.array([n, 1], jnp.int32) for n in (5, 7, 11, 3)]
+  found = metrics.of_exchange(dispatch.Moved(*rows), model)
+  gb = 4 * 2 * model.dim / 1e9
+  wanted = {"between_nodes": 6, "inside_nodes": 8, "saved": 12, "late": 4}
+  assert found.keys() == {f"exchange_gb/{name}" for name in wanted}
+  for name, n in wanted.items():
+    assert float(found[f"exchange_gb/{name}"]) == pytest.approx(n * gb)
