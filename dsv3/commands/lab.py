@@ -43,7 +43,8 @@ def sweep(arguments: argparse.Namespace) -> int:
     launcher = _launcher(arguments, place, len(waiting))
     launcher.run(waiting)
   code = _tell(asked, board, launcher.signum)
-  if len(runs) == len(asked.runs) and board.count("done") == len(runs):
+  ended = board.count("done") + board.count("failed")
+  if len(runs) == len(asked.runs) == ended and board.count("done"):
     found = [comparing.compare(asked, metric) for metric in asked.metrics]
     _answer(asked, found, asked.folder, relative=False)
   return code

@@ -19,7 +19,12 @@ from dsv3.lab.results import Line
 EFFECT = 0.005  # nats: the difference that the codebase is made to show
 TOLERANCE = 0.02  # within which costs are equal
 MATCHES = {"flops": "flops", "params": "parameters", "tokens": "tokens"}
-_HIGHER = ("accuracy", "tokens_per_second", "model_flops", "mfu")
+_HIGHER = (
+  "acc",
+  "tokens_per_second",
+  "model_flops",
+  "mfu",
+)  # accuracy, accepted
 
 
 class Row(NamedTuple):

@@ -5,6 +5,7 @@ that begin with **Question.**, **Paper.** and **Verdict.**; numbers of runs and
 commits from its results.jsonl.
 """
 
+import collections
 import pathlib
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dsv3.config import ConfigError
 from dsv3.lab import experiment, results, table
 
-HEADS = ("question", "paper", "ours", "runs", "commit")
+HEADS = ("question", "paper", "ours: verdict", "runs", "commit")
 
 
 def index(folder: pathlib.Path) -> str:
@@ -34,7 +35,7 @@ def _row(place: pathlib.Path) -> Sequence[str]:
     + (f": {_cell(question)}" if question != name else ""),
     _cell(paragraph(text, "Paper")),
     _cell(paragraph(text, "Verdict")) or "not run yet",
-    *_runs(place),
+    *_runs(place, text),
   ]
 
 
@@ -48,10 +49,14 @@ def paragraph(text: str, name: str) -> str:
   return " ".join(found[1].split()) if found else ""
 
 
-def _runs(place: pathlib.Path) -> list[str]:
-  """Runs of the arms that there are now, seeds of each, and their commits."""
+def _runs(place: pathlib.Path, text: str) -> list[str]:
+  """Runs of the arms that there are now, seeds of each, and their commits.
+
+  Of a question without a sweep what its README says: **Runs.** N, at COMMIT.
+  """
   if not (place / "sweep.py").is_file():
-    return ["", ""]
+    said, _, commit = paragraph(text, "Runs").rstrip(".").partition(", at ")
+    return [said, commit]
   asked = experiment.load(place)
   arms = {run.id for run in asked.runs}
   lines = [
@@ -59,8 +64,12 @@ def _runs(place: pathlib.Path) -> list[str]:
     for (id_, _), line in results.read(asked.results).items()
     if id_ in arms and not line["error"]
   ]
-  seeds = len({line["seed"] for line in lines})
-  counted = f"{len(lines)} of {len(arms)} arms, n = {seeds}" if lines else "0"
+  seeds = collections.Counter(line["id"] for line in lines)
+  counted = f"{len(lines)} of {len(arms)} arms" if lines else "0"
+  if seeds:
+    some = f" ({len(seeds)} of them run)" if len(seeds) < len(arms) else ""
+    least, most = min(seeds.values()), max(seeds.values())
+    counted += f"{some}, n = {least}" + (f" to {most}" if most > least else "")
   commits = sorted({line.get("commit", "")[:7] for line in lines})
   return [counted, ", ".join(commits)]
 

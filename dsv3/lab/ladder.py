@@ -146,11 +146,11 @@ def answer(
       continue
     if not one.inside:  # a parabola says nothing of what lies beyond it
       beyond = "smaller" if one.best < min(one.flops_token) else "larger"
-      notes.append(f"{budget:.2g} FLOPs: best {beyond} than all sizes here.")
+      notes.append(f"{budget:.3g} FLOPs: best {beyond} than all sizes here.")
       continue
     rungs.append(one)
     notes.append(
-      f"{budget:.2g} FLOPs: best at {one.best:.3g} FLOPs a token, loss "
+      f"{budget:.3g} FLOPs: best at {one.best:.3g} FLOPs a token, loss "
       f"{one.best_loss:.3f}."
     )
   try:
@@ -165,7 +165,7 @@ def answer(
 
 
 def _arm(budget: float, size: str) -> str:
-  return f"{budget:.2g}-{size}".replace("+", "")
+  return f"{budget:.3g}-{size}".replace("+", "")
 
 
 def draw(law: Law):
@@ -178,7 +178,7 @@ def draw(law: Law):
     (dots,) = valleys.plot(one.flops_token, one.loss, "o", ms=4)
     x = np.geomspace(*(f(one.flops_token) for f in (min, max)), 50)
     curve = np.polyfit(np.log(one.flops_token), one.loss, 2)
-    label = f"{one.budget:.2g} FLOPs"
+    label = f"{one.budget:.3g} FLOPs"
     valleys.plot(
       x, np.polyval(curve, np.log(x)), color=dots.get_color(), label=label
     )

@@ -91,6 +91,7 @@ def test_any_number_of_a_line_is_a_metric(place):
   }.items():
     assert compare.compare(asked, metric).rows[0].mean == pytest.approx(wanted)
   assert not compare.lower_is_better("train/accuracy/main")
+  assert not compare.lower_is_better("accepted_1")
   assert compare.lower_is_better("max_vio")
   with pytest.raises(ConfigError, match="did you mean max_vio?"):
     compare.compare(asked, "maxvio")

@@ -31,7 +31,7 @@ def test_a_row_has_question_answers_runs_and_commit(tmp_path, capsys):
   text = (place.parent / "README.md").read_text()
   assert text.splitlines()[5:7] == [
     "| [Bias or loss](q/README.md): Which balances \\|better\\|? | The bias, "
-    "by far. | Neither. | 3 of 2 arms, n = 2 | abcdef0 |",
+    "by far. | Neither. | 3 of 2 arms, n = 1 to 2 | abcdef0 |",
     "| [How fast?](z/README.md) |  | not run yet |  |  |",
   ]
   kept = text.replace("# Experiments", "# Ours") + "More.\n"

@@ -252,3 +252,17 @@ def test_sweep_trains_records_and_resumes_for_real(
   assert "1: b-s0" not in capsys.readouterr().out
   assert cli.main(["sweep", str(place), "--index=4"]) == 2
   assert "wanted 0 to 3" in capsys.readouterr().err
+
+
+def test_a_sweep_ends_in_the_table_and_the_page_whatever_has_failed(
+  tmp_path, monkeypatch, capsys
+):
+  place = trial.write(tmp_path)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(process, "command", trial.command("fail"))
+  sweep = trial.SWEEP + 'BASELINE = "b"\n'
+  (place / "sweep.py").write_text(sweep)
+  assert cli.main(["sweep", str(place)]) == 1
+  assert "no luck" in capsys.readouterr().out
+  page = (place / "compare.html").read_text()
+  assert "no luck" in page or "2 failed" in page

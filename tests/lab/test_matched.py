@@ -112,7 +112,7 @@ def test_runs_of_a_ladder_answer_with_a_law(tmp_path):
   for budget, shift in ((1e12, 1), (4e12, 2)):
     for size in loss:
       of = {**line(size, shift), "flops": 1e6 * size * shift}
-      lines[f"{budget:.2g}-d{size}".replace("+", "")] = [of, of]
+      lines[f"{budget:.3g}-d{size}".replace("+", "")] = [of, of]
   notes = ladder.answer(lines, (1e12, 4e12), tmp_path)
   assert "1e+12 FLOPs: best at 2e+06 FLOPs a token, loss 2.000." in notes
   assert notes[-1].endswith("x FLOPs^0.50.")  # twice the size, four the budget
