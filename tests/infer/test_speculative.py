@@ -135,7 +135,11 @@ def test_drafts_come_from_the_modules_as_they_were_trained(name):
 
 
 @pytest.mark.parametrize(
-  "sampling", [Sampling(), Sampling(temperature=0.7, top_k=3)]
+  "sampling",
+  [
+    pytest.param(Sampling(), marks=SLOW),
+    Sampling(temperature=0.7, top_k=3),
+  ],
 )
 @pytest.mark.parametrize(
   "name", ["depth 2", pytest.param("depth 1", marks=SLOW)]
@@ -222,6 +226,7 @@ def test_no_more_tokens_than_were_asked_for(max_tokens):
   assert [len(c.tokens) for c in found] == [max_tokens] * 2
 
 
+@pytest.mark.slow
 def test_a_row_is_drawn_as_without_the_others():
   decoder = decoder_of("depth 2")
   prompts = few_tokens(4, 9, 2)

@@ -42,8 +42,17 @@ def arrays():
   return draw(2, 512, 96), draw(96, 1, 72), draw(2, 512, 1, 72)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize(
+  "mesh, swiglu",
+  [
+    (MESHES[1], True),
+    *(
+      pytest.param(*both, marks=pytest.mark.slow)
+      for both in ((MESHES[0], False), (MESHES[0], True), (MESHES[1], False))
+    ),
+  ],
+  ids=str,
+)
 def test_a_device_has_its_own_rows_and_the_result_is_that_of_one(mesh, swiglu):
   recipe = recipes.recipe("deepseek_v3")
   x_BLI, w_IPO, dy = arrays()

@@ -89,6 +89,7 @@ def test_sec331_what_is_no_linear_stays_high():
   }
 
 
+@pytest.mark.slow
 def test_losses_are_near_those_of_bf16_and_not_the_same():
   low, _ = train(steps.prepared(FP8))
   high, _ = train(steps.prepared({**FP8, RECIPE: "bf16"}))
@@ -97,6 +98,7 @@ def test_losses_are_near_those_of_bf16_and_not_the_same():
     assert a["loss"] != b["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "cut",
   [
@@ -154,6 +156,7 @@ def test_delayed_scaling_remembers_the_largest_of_a_step(microbatches):
   np.testing.assert_allclose(history[:, 1, 1], wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_delayed_amax_is_that_of_the_whole_batch():
   history = {}
   for n in (1, 2):
@@ -283,6 +286,7 @@ def test_a_run_goes_on_with_another_recipe_and_says_so(
     run({**corpus, "model.dim": 64}, tmp_path)
 
 
+@pytest.mark.slow
 def test_reports_and_a_guard_that_keeps_the_worst_high(
   corpus, tmp_path, capsys
 ):

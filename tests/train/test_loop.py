@@ -102,6 +102,7 @@ def wait_for_steps(process, workdir, n: int) -> None:
     time.sleep(0.005)
 
 
+@pytest.mark.slow  # six starts
 def test_killed_at_any_instant_a_run_resumes_to_bit_equal_numbers(
   corpus, straight, tmp_path
 ):
@@ -253,6 +254,7 @@ def test_the_time_limit_ends_a_run_with_an_evaluation_and_a_checkpoint(
   assert Checkpoints(tmp_path / "checkpoints").steps == [1]
 
 
+@pytest.mark.slow
 def test_host_average_of_a_run_is_the_device_average(
   corpus, straight, tmp_path
 ):
