@@ -62,7 +62,7 @@ def test_own_choices_give_the_same_loss_and_others_another(model, tmp_path):
   np.testing.assert_array_equal(again.experts_XBLK, other.experts_XBLK)
 
 
-def test_a_frozen_choice_still_gives_gradients_to_the_router(model):
+def test_a_frozen_choice_leaves_the_gates_to_the_router(model):
   """Gates are of the router's own affinities: freezing is of the choice alone."""
   trace = routing.record(model, TOKENS)
   other = micro.config_of({"model.moe.gate": "softmax"}).model
