@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-SLOW = ("fp8", "routing", "speculation")  # half a minute each and more
+SLOW = ("fp8", "mla", "routing", "speculation")  # half a minute each and more
 NOTEBOOKS = [
   pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW))
   for path in sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -205,6 +205,7 @@ def test_rejection_rule_keeps_the_share_that_p_and_q_have_in_common():
   np.testing.assert_allclose(shares, p_LW[0], atol=0.02)
 
 
+@SLOW
 def test_a_stop_token_within_a_round_ends_the_text_there():
   decoder = decoder_of("depth 1")
   prompts = few_tokens(4, 6)

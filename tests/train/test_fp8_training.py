@@ -142,9 +142,8 @@ def test_gradients_of_a_mean_do_not_underflow():
 DELAYED = {RECIPE: "delayed", **SMALL}
 
 
-@pytest.mark.parametrize(
-  "microbatches", [pytest.param(1, marks=pytest.mark.slow), 2]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", [1, 2])
 def test_delayed_scaling_remembers_the_largest_of_a_step(microbatches):
   prepared = steps.prepared({**DELAYED, "train.microbatches": microbatches})
   _, state = train(prepared, 2)
