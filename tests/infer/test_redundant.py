@@ -43,6 +43,7 @@ def completions(model, drafts=0, **how):
   return [c.tokens for c in found], np.concatenate([c.log_probs for c in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mesh, drafts",
   [

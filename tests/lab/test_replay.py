@@ -36,6 +36,7 @@ def test_without_a_change_it_is_the_run_to_the_bit(run):
       assert row[name] == logged[row["step"]][name], (row["step"], name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "diff",
   [

@@ -85,6 +85,7 @@ def test_what_is_no_trace_of_the_text_is_said(model, tmp_path):
     routing.record(dense, TOKENS)
 
 
+@pytest.mark.slow
 def test_routing_of_a_run_by_domain(tmp_path, capsys):
   run = tmp_path / "run"
   loop.train(micro.config_of(micro.write_corpus(tmp_path)), run)

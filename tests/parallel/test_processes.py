@@ -89,6 +89,7 @@ def lines(workdir):
   return [line for line in read_metrics(workdir) if "loss/main" in line]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run_that_one_goes_on_with(corpus, tmp_path):
   config = micro.write_config(
     tmp_path / "c.py", {**corpus, **MESH, "train.steps": 4}

@@ -89,6 +89,7 @@ def test_products_while_rows_are_on_their_way():
   assert hlo.meanwhile(TEXT, "routed") == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_step_on_devices_that_are_there_for_the_test():
   values = micro.config_of({"mesh.data": 2, "mesh.expert": 2})
   found = lower.lower(values, "cpu:4")

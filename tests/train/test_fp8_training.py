@@ -37,6 +37,7 @@ def train(prepared, n=3, start=None):
   return out, state
 
 
+@pytest.mark.slow
 def test_sec33_a_microbatch_reads_the_copies_of_the_step_alone():
   """With other masters beside the same copies the forward pass is the same, so
   no microbatch quantises a weight; Dgrad reads copies, too."""
