@@ -19,12 +19,7 @@ from dsv3.lab.results import Line
 EFFECT = 0.005  # nats: the difference that the codebase is made to show
 TOLERANCE = 0.02  # within which costs are equal
 MATCHES = {"flops": "flops", "params": "parameters", "tokens": "tokens"}
-_HIGHER = (
-  "acc",
-  "tokens_per_second",
-  "model_flops",
-  "mfu",
-)  # accuracy, accepted
+_HIGHER = ("accuracy", "accepted", "tokens_per_second", "model_flops", "mfu")
 
 
 class Row(NamedTuple):

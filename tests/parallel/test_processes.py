@@ -80,11 +80,6 @@ def finish(started) -> list[str]:
       process.kill()
 
 
-def finished(started):
-  finish(started)
-  return started
-
-
 def lines(workdir):
   return [line for line in read_metrics(workdir) if "loss/main" in line]
 
@@ -164,7 +159,9 @@ def test_a_damaged_newest_checkpoint_is_set_aside_once(corpus, tmp_path):
     tmp_path / "c.py", {**diff, "train.checkpoints_kept": 3}
   )
   workdir = tmp_path / "run"
-  assert [p.returncode for p in finished(start(config, workdir, 2))] == [0, 0]
+  started = start(config, workdir, 2)
+  texts = finish(started)
+  assert [process.returncode for process in started] == [0, 0], texts
   for step in (3, 4):
     damage(workdir / "checkpoints" / str(step))
   again = start(config, workdir, 2)
