@@ -173,7 +173,6 @@ def test_a_damaged_newest_checkpoint_is_set_aside_once(corpus, tmp_path):
   assert [line["step"] for line in lines(workdir)] == [1, 2, 3, 4]
 
 
-@pytest.mark.slow
 def test_an_error_of_one_at_the_start_ends_all_and_is_named(corpus, tmp_path):
   config = micro.write_config(tmp_path / "c.py", {**corpus, **MESH})
   begin = time.monotonic()
