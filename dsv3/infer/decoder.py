@@ -64,18 +64,27 @@ class Decoder:
         f"cache: found {cache_dtype}, wanted one of {', '.join(caches.DTYPES)}"
       )
     self.cache_dtype = cache_dtype
-    copied = lambda model: with_copies(model, copies) if copies else model
-    _, weights = nnx.split(Network(copied(model)))
-    if jax.default_backend() == "cpu" and self.model.dtype == "bfloat16":
+    on_a_cpu, alone = (
+      jax.default_backend() == "cpu",
+      model.placement is ONE_DEVICE,
+    )
+    apart = on_a_cpu and alone and cpu.has_room(self.model)
+
+    def network(model):
+      model = with_copies(model, copies) if copies else model
+      return Network(model, apart=apart)
+
+    _, weights = nnx.split(network(model))
+    if on_a_cpu and self.model.dtype == "bfloat16":
       self.dtype, on_cpu = "float32", cpu.GEMM
-      weights = cpu.as_used(weights)
+      weights = cpu.as_used(weights, apart=apart)
     else:
       self.dtype, on_cpu = self.model.dtype, None
       weights = _as_used(weights, self.dtype)
     self.weights = nnx.as_pure(weights)  # Variables cost 0.1 ms a call
     build = functools.partial(_transformer, placement=model.placement)
     self.graphdef = jax.eval_shape(
-      lambda: nnx.split(Network(copied(build(self.model, self.dtype, on_cpu))))
+      lambda: nnx.split(network(build(self.model, self.dtype, on_cpu)))
     )[0]
     self._compiled = {}
 

@@ -23,10 +23,11 @@ from dsv3.nn.transformer import Transformer
 class Network(nnx.Module):
   """A Transformer with lists of blocks and MTP modules in place of stacks.
 
-  Inside a step every slice of a stack would be a copy of it.
+  Inside a step every slice of a stack would be a copy of it. `apart`: lists of
+  experts too (`cpu.Apart`).
   """
 
-  def __init__(self, model: Transformer):
+  def __init__(self, model: Transformer, *, apart: bool = False):
     self.embed, self.head, self.norm = model.embed, model.head, model.norm
     stacks = [getattr(model, n) for n in ("dense", "moe") if hasattr(model, n)]
     self.blocks = nnx.List([b for stack in stacks for b in unstack(stack)])
@@ -35,6 +36,8 @@ class Network(nnx.Module):
     for block in [*self.blocks, *(module.block for module in modules)]:
       w_uk_HNC, w_uv_HCV = block.attention.by_head()
       block.w_uk_HNC, block.w_uv_HCV = nnx.Param(w_uk_HNC), nnx.Param(w_uv_HCV)
+      if apart and isinstance(block.ffn, moe.Moe):
+        block.ffn.experts = cpu.Apart(block.ffn.experts)
     self.model, self.placement = model.model, model.placement
 
   embedding = Transformer.embedding

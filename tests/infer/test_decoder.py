@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dsv3.config import ConfigError
-from dsv3.infer import Decoder, Sampling, cache, generate, stream
+from dsv3.infer import Decoder, Sampling, cache, cpu, generate, stream
 from dsv3.infer.decoder import _as_used, one_step, read_chunk
 from dsv3.infer.network import Network
 from dsv3.infer.sampling import choose, filtered
@@ -32,6 +32,7 @@ VARIANTS = {
   "dense": {"model.ffn": "dense"},
   "softmax": {"model.moe.gate": "softmax", "model.moe.balancing": "none"},
   "bfloat16": {"model.dtype": "bfloat16"},
+  "bfloat16, experts together": {"model.dtype": "bfloat16"},
 }
 
 
@@ -59,8 +60,10 @@ def full_logits(model, tokens):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_position_equals_the_full_forward_pass(name):
+def test_every_position_equals_the_full_forward_pass(name, monkeypatch):
   """Prefill of 1 to 70 tokens in chunks of 64, then absorbed steps to the end."""
+  if "together" in name:
+    monkeypatch.setattr(cpu, "BRANCHES", 0)
   made = make(VARIANTS[name])
   (tokens,) = prompts_of(80)
   wanted_LW = full_logits(made, tokens)
