@@ -1,19 +1,21 @@
 """experiments/README.md: every question with the paper's answer and ours.
 
 Words come from the README of an experiment: its heading, and the paragraphs
-that begin with **Question.**, **Paper.** and **Verdict.**; numbers of runs and
-commits from its results.jsonl.
+that begin with **Question.**, **Paper.** and **Verdict.**; numbers and commits
+from its results.jsonl. An experiment without a sweep says them itself, in
+paragraphs **Ours.** and **Runs.**.
 """
 
-import collections
 import pathlib
 import re
+import statistics
 from collections.abc import Sequence
 
 from dsv3.config import ConfigError
-from dsv3.lab import experiment, results, table
+from dsv3.lab import compare, experiment, table
 
-HEADS = ("question", "paper", "ours: verdict", "runs", "commit")
+HEADS = ("question", "paper", "ours (n)", "verdict", "commit")
+METRICS, ARMS = 2, 6  # of an experiment, at most, in its cell
 
 
 def index(folder: pathlib.Path) -> str:
@@ -30,12 +32,15 @@ def _row(place: pathlib.Path) -> Sequence[str]:
   heading = re.search(r"^# (.+)$", text, re.MULTILINE)
   name = heading[1] if heading else place.name
   question = paragraph(text, "Question") or name
+  is_swept = (place / "sweep.py").is_file()
+  ours, commit = _measured(place) if is_swept else _said(text)
   return [
     f"[{_cell(name)}]({place.name}/README.md)"
     + (f": {_cell(question)}" if question != name else ""),
     _cell(paragraph(text, "Paper")),
+    _cell(ours),
     _cell(paragraph(text, "Verdict")) or "not run yet",
-    *_runs(place, text),
+    commit,
   ]
 
 
@@ -49,29 +54,56 @@ def paragraph(text: str, name: str) -> str:
   return " ".join(found[1].split()) if found else ""
 
 
-def _runs(place: pathlib.Path, text: str) -> list[str]:
-  """Runs of the arms that there are now, seeds of each, and their commits.
+def _said(text: str) -> tuple[str, str]:
+  """What was found and at which commit, of a README without a sweep.
 
-  Of a question without a sweep what its README says: **Runs.** N, at COMMIT.
+  The commit is the last word of **Runs.** N, at COMMIT.
   """
-  if not (place / "sweep.py").is_file():
-    said, _, commit = paragraph(text, "Runs").rstrip(".").partition(", at ")
-    return [said, commit]
+  runs, _, commit = paragraph(text, "Runs").rstrip(".").partition(", at ")
+  return paragraph(text, "Ours").rstrip(".") or runs, commit
+
+
+def _measured(place: pathlib.Path) -> tuple[str, str]:
+  """Means of the arms that there are now, seeds of each, and their commits."""
   asked = experiment.load(place)
-  arms = {run.id for run in asked.runs}
-  lines = [
-    line
-    for (id_, _), line in results.read(asked.results).items()
-    if id_ in arms and not line["error"]
-  ]
-  seeds = collections.Counter(line["id"] for line in lines)
-  counted = f"{len(lines)} of {len(arms)} arms" if lines else "0"
-  if seeds:
-    some = f" ({len(seeds)} of them run)" if len(seeds) < len(arms) else ""
-    least, most = min(seeds.values()), max(seeds.values())
-    counted += f"{some}, n = {least}" + (f" to {most}" if most > least else "")
-  commits = sorted({line.get("commit", "")[:7] for line in lines})
-  return [counted, ", ".join(commits)]
+  lines = compare.whole(compare.of_arms(asked)[0])
+  if not lines:
+    return "", ""
+  first = asked.baseline if asked.baseline in lines else next(iter(lines))
+  means = [_means(asked, metric, first) for metric in asked.metrics[:METRICS]]
+  of_all = [line for found in lines.values() for line in found]
+  commits = sorted({line.get("commit", "")[:7] for line in of_all})
+  counted = _counted([len(found) for found in lines.values()], len(asked.arms))
+  return f"{'; '.join(means)} ({counted})", ", ".join(commits)
+
+
+def _means(asked: experiment.Experiment, metric: str, first: str) -> str:
+  """A metric of `first` and of as many of the other arms as have room."""
+  rows = compare.compare(asked, metric, baseline=first).rows
+  rows = sorted(rows, key=lambda row: row.name != first)
+  most = max(len(row.values) for row in rows)
+  parts = [f"{row.name} {_mean(row, first, most)}" for row in rows[:ARMS]]
+  more = ["..."] * (len(rows) > ARMS)
+  return f"{metric}: {', '.join(parts + more)}"
+
+
+def _mean(row: compare.Row, first: str, most: int) -> str:
+  """Of an arm with fewer seeds than `most` its distance to `first` on those."""
+  n = len(row.values)
+  if n == most:
+    return f"{row.mean:.3f}"
+  if not row.differences:
+    return f"{row.mean:.3f} at n = {n}" if n else "none"
+  pairs = row.differences.values()
+  return f"{statistics.fmean(pairs):+.3f} to {first} at n = {len(pairs)}"
+
+
+def _counted(seeds: Sequence[int], n_arms: int) -> str:
+  unless = ", unless said" if min(seeds) < max(seeds) else ""
+  text = f"n = {max(seeds)}{unless}"
+  if len(seeds) < n_arms:
+    return f"{text}; {len(seeds)} of {n_arms} arms"
+  return text + f"; {n_arms} arms" * (n_arms > ARMS)
 
 
 def _cell(text: str) -> str:
