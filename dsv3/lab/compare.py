@@ -9,7 +9,7 @@ import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsv3.config import ConfigError
 from dsv3.lab import bootstrap, results
@@ -199,6 +199,19 @@ def _ratio(arm, base, key: str) -> float:
   return mean(arm) / mean(base) if mean(base) else math.nan
 
 
+def _machine(device: Mapping[str, Any]) -> str:
+  """The kind of device; of a CPU its name and cores, where its line has them.
+
+  >>> _machine({"kind": "cpu", "model": "AMD EPYC 7B13", "cores": 2})
+  'AMD EPYC 7B13, 2 cores'
+  >>> _machine({"kind": "cpu"})
+  'cpu'
+  """
+  name = device.get("model") or device.get("kind", "?")
+  cores = device.get("cores")
+  return f"{name}, {cores} core{'s' * (cores > 1)}" if cores else name
+
+
 def _notes(
   lines: Sequence[Line],
   others: Sequence[Line],
@@ -224,12 +237,12 @@ def _notes(
   changed = f", {dirty} of {len(lines)} runs with uncommitted code" * bool(
     dirty
   )
-  kinds = sorted({line.get("device", {}).get("kind", "?") for line in lines})
+  machines = sorted({_machine(line.get("device", {})) for line in lines})
   versions = sorted(
     {line.get("versions", {}).get("jax", "?") for line in lines}
   )
   out.append(
-    f"Commit {', '.join(commits)}{changed}; {', '.join(kinds)}; "
+    f"Commit {', '.join(commits)}{changed}; {' and '.join(machines)}; "
     f"jax {', '.join(versions)}."
   )
   if match:

@@ -122,7 +122,8 @@ def _origin(workdir: pathlib.Path) -> dict[str, Any]:
   kept = ("commit", "dirty", "python", "versions", "device")
   out = {name: last[name] for name in kept if name in last}
   if "device" in out:  # without the kernel's version
-    out["device"] = {k: out["device"][k] for k in ("platform", "kind", "count")}
+    device = out["device"]
+    out["device"] = {k: device[k] for k in device if k != "machine"}
   commits = list(dict.fromkeys(s.get("commit") for s in starts))
   if len(commits) > 1:
     out["commits"] = commits

@@ -13,8 +13,10 @@ import datetime
 import fcntl
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -216,20 +218,43 @@ def _description(
 
 def _start(given: Given) -> dict[str, Any]:
   """When, by which command, with which code and on which machine."""
-  device = jax.devices()[0]
   return {
     "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     "command": given.command,
     **commit(),
     "python": platform.python_version(),
     "versions": {p: importlib.metadata.version(p) for p in _PACKAGES},
-    "device": {
-      "platform": device.platform,
-      "kind": device.device_kind,
-      "count": jax.device_count(),
-      "machine": platform.platform(),
-    },
+    "device": _device(),
   }
+
+
+def _device() -> dict[str, Any]:
+  """The first device; of a CPU, which JAX calls `cpu`, its name and cores."""
+  device = jax.devices()[0]
+  out = {
+    "platform": device.platform,
+    "kind": device.device_kind,
+    "count": jax.device_count(),
+    "machine": platform.platform(),
+  }
+  if device.platform != "cpu":
+    return out
+  model = _processor(pathlib.Path("/proc/cpuinfo"))
+  return out | ({"model": model} if model else {}) | {"cores": _cores()}
+
+
+def _processor(cpuinfo: pathlib.Path) -> str:
+  """What the processor calls itself; "" where the system does not say."""
+  text = cpuinfo.read_text() if cpuinfo.exists() else ""
+  named = re.search(r"^model name\s*:\s*(.*\S)", text, re.MULTILINE)
+  return named[1] if named else platform.processor()
+
+
+def _cores() -> int:
+  """Those that this process may run on; all where the system has no such set."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def commit() -> Mapping[str, Any]:

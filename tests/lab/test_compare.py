@@ -107,6 +107,15 @@ def test_runs_over_different_texts_are_told(place):
   assert "3 of 6 runs with uncommitted code" in notes
 
 
+def test_the_note_names_the_processor_where_a_line_has_it(place):
+  device = {"kind": "cpu", "model": "AMD EPYC 7B13", "cores": 2}
+  trial.record(place, LOSSES)  # lines of a time when there was only `cpu`
+  assert "; cpu; jax" in compare.compare(trial.load(place)).notes[-1]
+  trial.record(place, LOSSES, b={"device": device})
+  (note,) = compare.compare(trial.load(place)).notes
+  assert "; AMD EPYC 7B13, 2 cores and cpu; jax 0." in note
+
+
 def test_relative_error_is_of_smoothed_curves(place):
   """Of constant curves 2.0 and 2.1 the relative error is 5% at every step."""
   flat = lambda y: {"curve": {"step": [1, 2, 3], "loss/main": [y] * 3}}

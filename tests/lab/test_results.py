@@ -1,5 +1,6 @@
 """results.jsonl: no line lost, none in pieces, the last one of a run counts."""
 
+import json
 import subprocess
 import sys
 
@@ -73,3 +74,11 @@ def test_a_curve_keeps_every_step_up_to_a_thousand_and_means_beyond():
   assert "max_vio" not in found and len(found["step"]) <= 1000
   more[4]["loss/main"] = None
   assert summary.curve(more)["loss/main"][:2] == [2.0, None]
+
+
+def test_a_line_has_the_processor_and_its_cores(tmp_path):
+  device = {"platform": "cpu", "kind": "cpu", "count": 1}
+  cpu = {"model": "AMD EPYC 7B13", "cores": 2}
+  start = {"device": device | {"machine": "Linux-6.1"} | cpu}
+  (tmp_path / "starts.jsonl").write_text(json.dumps(start))
+  assert summary._origin(tmp_path)["device"] == device | cpu

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 
 import pytest
@@ -30,6 +31,22 @@ def test_folder_holds_config_as_given_resolved_and_its_departures(tmp_path):
   (start,) = lines(tmp_path / "a" / "starts.jsonl")
   assert start["command"] == "dsv3 train --config=tiny"
   assert start["versions"]["jax"] and start["device"]["platform"] == "cpu"
+  assert 1 <= start["device"]["cores"] <= os.cpu_count()
+
+
+def test_a_processor_is_what_the_system_calls_it(tmp_path, monkeypatch):
+  cpuinfo = tmp_path / "cpuinfo"
+  cpuinfo.write_text(
+    "model\t\t: 207\nmodel name\t: AMD EPYC 7B13 \ncores : 2\n"
+  )
+  assert run._processor(cpuinfo) == "AMD EPYC 7B13"
+  cpuinfo.write_text("Processor : 0\n")
+  monkeypatch.setattr(run.platform, "processor", lambda: "arm")
+  assert run._processor(cpuinfo) == run._processor(tmp_path / "none") == "arm"
+  monkeypatch.setattr(run, "_processor", lambda _: "arm")
+  assert run._device()["model"] == "arm"
+  monkeypatch.setattr(run, "_processor", lambda _: "")
+  assert "model" not in run._device() and run._device()["kind"] == "cpu"
 
 
 def test_departures_from_the_base_stand_beside_those_from_the_paper(tmp_path):
