@@ -71,23 +71,48 @@ def relative_notes(lines: Mapping[str, Sequence[Line]], base: str) -> list[str]:
   """How far every arm's smoothed training loss is from the baseline's.
 
   Of the mean over seeds, and of any seed; the first tenth, where losses fall
-  by the step, is left out.
+  by the step, is left out, and all after the first loss that is not finite.
   """
   out = []
   for name, ours in lines.items():
     gap = difference(ours, lines[base], "loss/main", relative=True)
     if gap is None or name == base:
       continue
-    kept = gap.x >= gap.x[-1] / 10
-    mean = np.abs(gap.mean[kept])
-    any_seed = np.maximum(np.abs(gap.low), np.abs(gap.high))[kept]
+    bad = [_diverged(name, ours), _diverged(base, lines[base])]
     out.append(
-      f"Relative error of {name}'s training loss, smoothed ({DECAY}): at most "
-      f"{mean.max():.2%} on average over seeds (step "
-      f"{gap.x[kept][mean.argmax()]:.0f}) and {any_seed.max():.2%} in any, "
-      f"{gap.mean[-1]:+.2%} at the end."
+      f"Relative error of {name}'s training loss, smoothed ({DECAY}): "
+      f"{_extremes(gap)}.{''.join(bad)}"
     )
   return out
+
+
+def _extremes(gap: Curve) -> str:
+  """Largest of a relative error and its last, where it is a number."""
+  kept = (gap.x >= gap.x[-1] / 10) & np.isfinite(gap.mean)
+  if not kept.any():
+    return "no step to compare after the first tenth"
+  x, mean = gap.x[kept], np.abs(gap.mean[kept])
+  any_seed = np.maximum(np.abs(gap.low), np.abs(gap.high))[kept]
+  end = "the end" if kept[-1] else f"step {x[-1]:.0f}, the last to compare"
+  return (
+    f"at most {mean.max():.2%} on average over seeds (step "
+    f"{x[mean.argmax()]:.0f}) and {any_seed.max():.2%} in any, "
+    f"{gap.mean[kept][-1]:+.2%} at {end}"
+  )
+
+
+def _diverged(name: str, lines: Sequence[Line]) -> str:
+  """Where the loss of the first seed stopped being a finite number, if it did."""
+  found = []
+  for line in lines:
+    curve = line.get("curve", {})
+    finite = np.isfinite(np.array(curve.get("loss/main", []), np.float64))
+    if not finite.all():
+      found.append((curve["step"][finite.argmin()], line["seed"]))
+  if not found:
+    return ""
+  step, seed = min(found)
+  return f" {name}'s loss is not finite at step {step} (seed {seed})."
 
 
 def _of_run(line: Line, name: str, x: str, decay: float):

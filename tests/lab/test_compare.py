@@ -131,6 +131,35 @@ def test_relative_error_is_of_smoothed_curves(place):
   assert np.isnan(smooth[3:]).all()
 
 
+def test_of_an_arm_that_diverged_the_relative_error_is_that_of_before(place):
+  steps = list(range(1, 21))
+  curve = lambda *losses: {"step": steps, "loss/main": list(losses)}
+  flat = {"curve": curve(*[2.0] * 20)}
+  trial.record(place, LOSSES, a=flat, b={"curve": curve(*[2.1] * 20)})
+  asked = trial.load(place)
+  diverged = [2.1] * 8 + [None] * 2 + [9.0] * 10  # a finite one later is noise
+  for run, losses in ((asked.runs[3], diverged), (asked.runs[5], [None] * 20)):
+    assert run.name == "b"
+    line = trial.result(run, 2.0, curve=curve(*losses))
+    results.append(place / "results.jsonl", line)
+    lines, _ = compare.of_arms(asked)
+    notes = [
+      *curves.relative_notes(lines, "a"),
+      *curves.relative_notes(lines, "b"),
+    ]
+    assert len(notes) == 2 and "nan" not in " ".join(notes)
+    if losses is diverged:
+      assert notes[0].endswith(
+        "at most 5.00% on average over seeds (step 2) and 5.00% in any, +5.00% at "
+        "step 8, the last to compare. b's loss is not finite at step 9 (seed 1)."
+      )
+  assert notes[0].endswith(
+    "no step to compare after the first tenth. b's loss is not finite at step 1 "
+    "(seed 2)."
+  )
+  assert notes[1].startswith("Relative error of a's") and "b's loss" in notes[1]
+
+
 def test_compare_writes_table_pictures_page_and_readme(place, capsys):
   trial.record(place, LOSSES)
   readme = place / "README.md"
