@@ -67,10 +67,11 @@ def train(
   with the config, the data or the folder; RunFailed for a run that diverged.
   """
   started = time.monotonic()
+  workdir = pathlib.Path(workdir)
   run.changes(workdir, values)  # another run's folder: before anything else
   presence, trainer = Presence(workdir), None
   try:
-    trainer = _Trainer(values, pathlib.Path(workdir), given, presence)
+    trainer = _Trainer(values, workdir, given, presence)
     return trainer.run(started)
   except (Exception, KeyboardInterrupt) as error:
     presence.leave(error)

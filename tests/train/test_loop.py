@@ -47,7 +47,7 @@ def corpus(tmp_path_factory):
 def straight(corpus, tmp_path_factory):
   """The folder of a run that never stopped."""
   workdir = tmp_path_factory.mktemp("runs") / "straight"
-  outcome = loop.train(micro.config_of(corpus), workdir)
+  outcome = loop.train(micro.config_of(corpus), str(workdir))
   assert (outcome.step, outcome.steps) == (STEPS, STEPS)
   assert outcome.signum is None
   return workdir
