@@ -36,6 +36,14 @@ def test_a_task_claims_its_run_and_writes_its_line(
   assert "b-s1: failed config.data.sources: nowhere/text.txt" in said
 
 
+def test_a_task_trains_its_run_to_the_end(cluster, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  place = trial.write(tmp_path, **trial.trains(tmp_path))
+  words = [str(place), "--runs=runs/q", "--launcher=ray", "--only=b-s1"]
+  assert cli.main(["sweep", *words, "--ray=num_cpus=1"]) == 0
+  trial.assert_trained(place, "b", 1)
+
+
 @pytest.mark.slow  # a run to its first checkpoint
 def test_a_task_that_is_asked_to_stop_has_its_command_save(cluster, tmp_path):
   program = """if True:

@@ -36,6 +36,24 @@ def test_a_job_claims_its_run_and_writes_its_line(tmp_path, monkeypatch):
   assert "nowhere/text.txt" in line["error"]
 
 
+def test_a_job_trains_its_run_to_the_end(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name, value in environment(1).items():
+    monkeypatch.setenv(name, value)
+  place = trial.write(tmp_path, **trial.trains(tmp_path))
+  words = [str(place), "--runs=runs/q"]
+  (job,) = slurm.submit(
+    [process.of_one(words, trial.load(place).runs[3])],
+    tmp_path / "slurm",
+    name="q",
+    at_once=1,
+    parameters={"timeout_min": 5},
+    cluster="local",
+  )
+  assert job.result() == 0
+  trial.assert_trained(place, "b", 1)
+
+
 def test_a_job_that_is_cut_is_asked_for_again():
   job = slurm.Job(["true"], {})
   assert job.checkpoint().function is job

@@ -5,6 +5,7 @@ numbers of `loss(diff, seed)`, a step at a time.
 """
 
 import json
+import math
 import pathlib
 import sys
 
@@ -31,6 +32,22 @@ def write(folder: pathlib.Path, sweep: str = SWEEP, **diff) -> pathlib.Path:
   micro.write_config(place / "base.py", dotted)
   (place / "sweep.py").write_text(sweep)
   return place
+
+
+def trains(folder: pathlib.Path) -> dict[str, object]:
+  """What makes its runs train for real: a text, and of all else little."""
+  few = {"train.steps": 2, "train.checkpoint_every": 2, "model.n_layers": 2}
+  found = {**micro.write_corpus(folder), **few, "model.mtp.depth": 0}
+  return {key.replace(".", "__"): value for key, value in found.items()}
+
+
+def assert_trained(place: pathlib.Path, name: str, seed: int) -> None:
+  """The only result is that of a run of `trains` which ended as it should."""
+  (line,) = lines(place)
+  assert (line["name"], line["seed"], line["error"]) == (name, seed, None)
+  assert line["steps"] == 2 and len(line["curve"]["loss/main"]) == 2
+  assert math.isfinite(line["final"]["loss"]) and line["final"]["loss"] > 0
+  assert all(map(math.isfinite, line["curve"]["loss/main"]))
 
 
 def command(behaviour: str):
