@@ -2,8 +2,10 @@
 
 import pathlib
 
+from dsv3 import config, overlay
 from dsv3.lab.matched import matched
 from dsv3.lab.sweep import arms
+from dsv3.plan import count
 
 BASE = str(pathlib.Path(__file__).parents[1] / "ablation.py")
 BASELINE = "mla"
@@ -30,3 +32,18 @@ def runs():
       ),
     }
   )
+
+
+def cache_bytes(diff):
+  """What decoding keeps of a token in all layers, in the type of the model."""
+  model = config.build(overlay.overlay(overlay.load(BASE), diff)).model
+  kept = count.cache_bytes_per_token(model, model.dtype)
+  return kept[model.attention.kind], f"{model.n_layers} layers, {model.dtype}"
+
+
+def answer(lines, folder):
+  """The caches of all arms, by the planner's count."""
+  found = {name: cache_bytes(diff) for name, diff in runs()}
+  mla, of = found[BASELINE]
+  parts = (f"{name} {n:,} ({n / mla:g} x)" for name, (n, _) in found.items())
+  return [f"Cache of a token, {of}, bytes: {', '.join(parts)}."]

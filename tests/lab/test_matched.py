@@ -1,12 +1,13 @@
 """Variants of equal cost, and the iso-FLOP ladder."""
 
 import math
+import pathlib
 
 import pytest
 
 from dsv3 import config, overlay
 from dsv3.config import ConfigError
-from dsv3.lab import ladder, matched
+from dsv3.lab import experiment, ladder, matched
 from dsv3.plan import count
 
 TINY = config.build(overlay.load("tiny"))
@@ -145,3 +146,13 @@ def test_a_ladder_without_a_valley_or_a_law_is_said():
     ladder.fit([one])
   beyond = ladder.rung(1e18, [1, 2, 4], [3.0, 2.5, 2.1])
   assert not beyond.inside and math.isclose(beyond.budget, 1e18)
+
+
+def test_attention_says_the_cache_of_every_arm():
+  """Four layers of float32: MLA 64 + 16 numbers, a head 32 + 16 and 32."""
+  folder = pathlib.Path(__file__).parents[2] / "experiments/attention"
+  (note,) = experiment.load(folder).answer({}, folder)
+  assert note.endswith(
+    f"mla {16 * 80:,} (1 x), mha {16 * 4 * 80:,} (4 x), "
+    f"gqa {16 * 2 * 80:,} (2 x), mqa {16 * 80:,} (1 x)."
+  )
