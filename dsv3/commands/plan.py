@@ -69,7 +69,10 @@ def _lower(arguments: argparse.Namespace) -> int:
   except RunError as error:
     print(f"dsv3: error: {error}", file=sys.stderr, flush=True)
     os._exit(1)  # the compiler is still at it, and nothing stops it
-  print(found.text())
+  if arguments.json:
+    print(json.dumps(found.as_dict(), indent=1))
+  else:
+    print(found.text())
   return 1 if found.surprises else 0
 
 

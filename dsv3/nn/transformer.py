@@ -60,9 +60,10 @@ class Transformer(nnx.Module):
 
   def embedding(self, tokens_BL: jax.Array) -> jax.Array:
     """Emb(.): float32 rows of the table, in the type of activations."""
-    table_WD = self.placement.gather(self.embed)[...]
-    x_BLD = table_WD[tokens_BL].astype(self.model.dtype)
-    return self.placement.place(x_BLD, "BLD")
+    with jax.named_scope("embedding"):
+      table_WD = self.placement.gather(self.embed)[...]
+      x_BLD = table_WD[tokens_BL].astype(self.model.dtype)
+      return self.placement.place(x_BLD, "BLD")
 
   def logits(self, hidden_BLD: jax.Array) -> jax.Array:
     """OutHead(.), float32 (Eq. 23 before its softmax)."""
@@ -88,8 +89,9 @@ class Transformer(nnx.Module):
       part = cross_entropy(hidden_BLD, head[...], labels_BL, z_loss=z_loss)
       return peers.total(part, "BL")
 
-    run = self.placement.spread(of_part, ("", "BLD", "BL"), "")
-    return run(self.head, hidden_BLD, labels_BL)
+    with jax.named_scope("head"):
+      run = self.placement.spread(of_part, ("", "BLD", "BL"), "")
+      return run(self.head, hidden_BLD, labels_BL)
 
   def __call__(
     self,
@@ -113,9 +115,11 @@ class Transformer(nnx.Module):
     for name in ("dense", "moe"):
       if hasattr(self, name):
         blocks = getattr(self, name)
-        x_BLD, traffic = run_stack(blocks, x_BLD, segments_BL, self.model)
+        with jax.named_scope(name):
+          x_BLD, traffic = run_stack(blocks, x_BLD, segments_BL, self.model)
         traffics += [traffic] if traffic is not None else []
-    hidden = [self.norm(x_BLD)]
+    with jax.named_scope("head"):
+      hidden = [self.norm(x_BLD)]
     if ahead_BPL is not None and self.model.mtp.depth:
       before = self.model.mtp.hidden == "before_norm"
       more, traffic = self.predict_ahead(
@@ -135,15 +139,16 @@ class Transformer(nnx.Module):
     hidden, traffics = [], []
     positions_L = self.placement.dealt(jnp.arange(h_BLD.shape[1]))
     for k in range(self.model.mtp.depth):
-      module = jax.tree.map(lambda a, k=k: a[k], self.mtp)
       next_BL = ahead_BPL[:, k]
       # Module k + 1 has the first T - k - 1 positions (Eq. 22). The others, and
       # those whose next token is unknown, are padding to it: in no load.
       inside_L = positions_L < len(positions_L) - k - 1
       known_BL = jnp.where(inside_L & (next_BL >= 0), segments_BL, 0)
-      e_BLD = self.embedding(jnp.maximum(next_BL, 0))
-      x_BLD, traffic = module(h_BLD, e_BLD, known_BL)
-      hidden.append(module.norm(x_BLD))
+      with jax.named_scope("mtp"):
+        module = jax.tree.map(lambda a, k=k: a[k], self.mtp)
+        e_BLD = self.embedding(jnp.maximum(next_BL, 0))
+        x_BLD, traffic = module(h_BLD, e_BLD, known_BL)
+        hidden.append(module.norm(x_BLD))
       h_BLD = x_BLD if self.model.mtp.hidden == "before_norm" else hidden[-1]
       traffics.append(traffic)
     return hidden, jax.tree.map(lambda *a: jnp.stack(a), *traffics)

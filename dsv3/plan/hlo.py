@@ -1,10 +1,13 @@
 """What a compiled program sends, and what it does meanwhile, read from its text."""
 
 import collections
+import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from dsv3.plan import places
 
 COLLECTIVES = (
   "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all "
@@ -15,13 +18,35 @@ _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
 
 
 class Collective(NamedTuple):
-  """All collectives of a kind and result, of one step."""
+  """All collectives of a kind, result and place, of one step."""
 
   kind: str
   result: str  # as bf16[64,7168]
   count: int  # times a step, loops unrolled
   bytes: int  # of one result on a device
   sure: bool = True  # or only where a condition holds, then `count` at most
+  place: places.Place = places.OTHER
+
+
+class Instruction(NamedTuple):
+  """One of a computation; operands are names of others in it."""
+
+  kind: str
+  op_name: str
+  operands: list[str]
+
+
+Graph = dict[str, Instruction]
+
+
+class Line(NamedTuple):
+  """A line that is run: in which computation, how often, called by what."""
+
+  computation: str
+  text: str
+  times: int = 1
+  sure: bool = True  # or in a branch
+  caller: "Line | None" = None
 
 
 _INSTRUCTION = re.compile(
@@ -43,16 +68,25 @@ class Meanwhile(NamedTuple):
 def collectives_of(text: str) -> list[Collective]:
   """Every collective of a compiled program, counted over its loops.
 
+  One that XLA has joined of several is one in every place that has a part of it.
   A loop whose length the compiler does not know is counted once.
   """
+  bodies, entry = _computations(text)
+  graph_of = functools.cache(lambda name: _graph(bodies[name]))
   found = collections.Counter()
-  for _, line, times, sure in _run(text):
-    match = _INSTRUCTION.match(line)
-    if match and match[2] in COLLECTIVES:
-      found[match[2], _result(match[1], bool(match[3])), sure] += times
+  for line in _run(bodies, entry, fused=True):
+    match = _INSTRUCTION.match(line.text)
+    if not match or match[2] not in COLLECTIVES or _goes_on(line, bodies):
+      continue
+    arrays = _results(match[1], match[2] + (match[3] or ""))
+    parts = collections.defaultdict(list)
+    for place, array in zip(_places(line, len(arrays), graph_of), arrays):
+      parts[place].append(array)
+    for place, arrays in parts.items():
+      found[match[2], " ".join(arrays), line.sure, place] += line.times
   return [
-    Collective(kind, result, count, size(result), sure)
-    for (kind, result, sure), count in found.items()
+    Collective(kind, result, count, size(result), sure, place)
+    for (kind, result, sure, place), count in found.items()
   ]
 
 
@@ -60,7 +94,7 @@ def meanwhile(text: str, scope: str) -> Meanwhile:
   """Products traced in `scope`: all, and those that the schedule has between the
   start and the end of an all-to-all."""
   on_their_way, found = collections.defaultdict(set), []
-  for computation, line, _, _ in _run(text):
+  for computation, line, *_ in _run(*_computations(text)):
     rows = on_their_way[computation]
     if start := re.match(r"\s+%?(\S*all-to-all-start\S*) = ", line):
       rows.add(start[1])
@@ -73,26 +107,118 @@ def meanwhile(text: str, scope: str) -> Meanwhile:
   return Meanwhile(sum(found), len(found))
 
 
-def _run(text: str) -> Iterator[tuple[str, str, int, bool]]:
-  """Lines that are run: (computation, line, times, whether it surely is)."""
-  bodies, entry = _computations(text)
+def _run(
+  bodies: dict[str, list[str]], entry: str, *, fused: bool = False
+) -> Iterator[Line]:
+  """Lines that are run, those within a fusion only if `fused`."""
+  within = ("reduce",) if fused else ("reduce", "fusion")
 
-  def walk(name: str, times: int, sure: bool):
-    for line in bodies.get(name, ()):
-      yield name, line, times, sure
-      match = _INSTRUCTION.match(line)
-      if not match or match[2] in ("fusion", "reduce"):
+  def walk(name: str, times: int, sure: bool, caller: Line | None):
+    for text in bodies.get(name, ()):
+      line = Line(name, text, times, sure, caller)
+      yield line
+      match = _INSTRUCTION.match(text)
+      if not match or match[2] in within:
         continue
-      inner = times * _trips(line, bodies)
+      inner = times * _trips(text, bodies)
       branches = []
-      for called, *ways in _CALLED.findall(line):
+      for called, *ways in _CALLED.findall(text):
         if called:
-          yield from walk(called, inner, sure)
+          yield from walk(called, inner, sure, line)
         branches += re.findall(r"[\w.-]+", " ".join(ways))
       for branch in branches:  # the only one is taken
-        yield from walk(branch, inner, sure and len(branches) == 1)
+        yield from walk(branch, inner, sure and len(branches) == 1, line)
 
-  yield from walk(entry, 1, True)
+  yield from walk(entry, 1, True, None)
+
+
+def _goes_on(line: Line, bodies: dict[str, list[str]]) -> bool:
+  """Whether it was begun before: for TPUs XLA writes a collective that runs
+  beside other work into every fusion from its start to its end."""
+  if "chain_id=" not in line.text:
+    return False
+  return not any("AsyncCollectiveStart" in t for t in bodies[line.computation])
+
+
+def _places(
+  line: Line, n: int, graph_of: Callable[[str], Graph]
+) -> list[places.Place]:
+  """Where each of the `n` arrays of a collective is: by its own name, or that of
+  the loop around it, or those of what its operands are made of."""
+  names = places.split(_name_of(line.text))
+  own = [places.of_name(name) for name in names]
+  if len(own) == n and all(own):
+    return own
+  if len(own) != n:  # for TPUs joined ones have the name of the first
+    own = [None] * n
+  if around := _around(line):
+    return [mine or around for mine in own]
+  if line.caller and " async-start(" in line.caller.text:
+    line = line.caller
+  graph = graph_of(line.computation)
+  operands = graph[_defined(line.text)].operands
+  if len(operands) != n:  # a ragged one has offsets and sizes too
+    operands = operands[:1] * n
+  made_of = [_made_of(operand, graph) for operand in operands]
+  last = places.of_names(names) or places.OTHER
+  return [mine or made or last for mine, made in zip(own, made_of)]
+
+
+def _around(line: Line) -> places.Place | None:
+  """The place of the innermost caller that has one."""
+  caller = line.caller
+  while caller:
+    if found := places.of_names(places.split(_name_of(caller.text))):
+      return found
+    caller = caller.caller
+  return None
+
+
+def _made_of(operand: str, graph: Graph) -> places.Place | None:
+  """The place of the nearest instructions behind an operand that have any."""
+  names, seen = {operand}, set()
+  while names:
+    near = [one for n in names for one in places.split(graph[n].op_name)]
+    if found := places.of_names(near):
+      return found
+    seen |= names
+    names = {o for n in names for o in graph[n].operands} - seen
+  return None
+
+
+def _graph(lines: list[str]) -> Graph:
+  """The instructions of a computation by their names."""
+  graph = {}
+  for line in lines:  # in the order in which they are computed
+    match = _INSTRUCTION.match(line)
+    if not match:
+      continue
+    used = re.findall(r"%([\w.-]+)", line[match.end() :])
+    used = [name for name in used if name in graph]
+    if match[2] == "get-tuple-element":
+      index = int(re.search(r"index=(\d+)", line)[1])
+      used = _of_tuple(used[0], index, graph)
+    graph[_defined(line)] = Instruction(match[2], _name_of(line), used)
+  return graph
+
+
+def _of_tuple(name: str, index: int, graph: Graph) -> list[str]:
+  """What an element is made of: of a joined collective its own operand."""
+  kind, start = graph[name].kind, name
+  if kind.endswith("-done"):
+    start = graph[name].operands[0]
+  operands = graph[start].operands
+  joined = kind.removesuffix("-done") in COLLECTIVES and len(operands) > index
+  return [operands[index]] if joined else [name]
+
+
+def _defined(line: str) -> str:
+  return re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line)[1]
+
+
+def _name_of(line: str) -> str:
+  found = re.search(r'op_name="([^"]*)"', line)
+  return found[1] if found else ""
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
@@ -128,16 +254,17 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return found, entry
 
 
-def _result(shape: str, started: bool) -> str:
-  """Shapes of a result without layouts.
+def _results(shape: str, kind: str) -> list[str]:
+  """The arrays of a result, without layouts.
 
-  One that is only started has its operands before them, and marks behind.
+  What is only started has its operands before them, and marks behind: they are
+  the second of its parts. But an all-reduce has them alone.
   """
-  arrays = re.findall(r"\w+\[[\d,]*\]", shape)
-  if started and shape.startswith("("):
-    arrays = [a for a in arrays if a != "u32[]"]
-    arrays = arrays[len(arrays) // 2 :]
-  return " ".join(arrays)
+  shape = re.sub(r"\{[^{}]*\}|/\*.*?\*/|\s", "", shape)
+  if kind.endswith("-start") and kind != "all-reduce-start":
+    parts = re.findall(r"\([^()]*\)|\w+\[[\d,]*\]", shape[1:-1])
+    shape = parts[1] if len(parts) > 1 else shape
+  return re.findall(r"\w+\[[\d,]*\]", shape)
 
 
 def size(result: str) -> int:

@@ -261,8 +261,10 @@ def train_step(
     values=values,
     placement=placement,
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = jax.tree.map(lambda p, u: p - hyper.lr * u, state.params, updates)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - hyper.lr * u, state.params, updates)
+    grad_norm = optax.tree.norm(grads)
   router = update_router(
     state.router,
     sums.load_XE,
@@ -271,7 +273,6 @@ def train_step(
   )
   memory = precision.remember(state.precision, amax)
 
-  grad_norm = optax.tree.norm(grads)
   ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   old = (state.params, state.opt_state, state.router, state.precision)
   params, opt_state, router, memory = jax.tree.map(

@@ -1,5 +1,6 @@
 """Compiling for devices that are not there: what is read in the program."""
 
+import math
 import time
 
 import jax
@@ -8,7 +9,11 @@ import pytest
 
 from dsv3.config import ConfigError, Mesh
 from dsv3.errors import RunError
-from dsv3.plan import count, hlo, lower
+from dsv3.nn.transformer import make_model, split
+from dsv3.parallel import table
+from dsv3.parallel.placement import dims_of, is_variable
+from dsv3.plan import count, hlo, lower, places
+from dsv3.plan.places import Place
 from tests import micro
 
 TEXT = """HloModule jit_step
@@ -89,18 +94,179 @@ def test_products_while_rows_are_on_their_way():
   assert hlo.meanwhile(TEXT, "routed") == (0, 0)
 
 
-@pytest.mark.slow
-def test_a_step_on_devices_that_are_there_for_the_test():
-  values = micro.config_of({"mesh.data": 2, "mesh.expert": 2})
-  found = lower.lower(values, "cpu:4")
-  assert found.mesh == Mesh(data=2, expert=2)
+def test_a_started_collective_has_its_operands_before_its_result():
+  of = lambda shape, kind: hlo._results(shape, kind)
+  one = "(bf16[2,8]{1,0:T(8,128)}, bf16[16,8]{1,0})"
+  assert of(one, "all-gather-start") == ["bf16[16,8]"]
+  two = "((f32[2], f32[3]), (f32[4], /*index=1*/f32[6]))"
+  assert of(two, "all-gather-start") == ["f32[4]", "f32[6]"]
+  rows = "((f32[8,4]{1,0}, f32[16,4]{1,0}, s64[2], s64[2]), f32[16,4]{1,0})"
+  assert of(rows, "ragged-all-to-all-start") == ["f32[16,4]"]
+  marked = "(f32[8]{0}, f32[8]{0}, u32[], u32[])"
+  assert of(marked, "collective-permute-start") == ["f32[8]"]
+  assert of("(f32[4], f32[6])", "all-reduce-start") == ["f32[4]", "f32[6]"]
+
+
+# As XLA writes for a TPU what runs beside other work.
+FUSED = """HloModule jit_step
+
+%starts (p: f32[2]) -> (f32[2], f32[8]) {
+  %p = f32[2]{0} parameter(0)
+  %g.1 = f32[8]{0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %c.1 = (f32[2], f32[8]) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p: f32[2]) -> (f32[2], f32[8]) {
+  %p = f32[2]{0} parameter(0)
+  %g.2 = f32[8]{0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %c.2 = (f32[2], f32[8]) tuple(%p, %g.2)
+}
+
+%ends (p: f32[2]) -> f32[8] {
+  %p = f32[2]{0} parameter(0)
+  %g.3 = f32[8]{0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %c.3 = f32[8]{0} custom-call(%g.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[2]) -> f32[8] {
+  %x = f32[2]{0} parameter(0)
+  %f.1 = (f32[2], f32[8]) fusion(%x), kind=kCustom, calls=%starts
+  %f.2 = (f32[2], f32[8]) fusion(%x), kind=kCustom, calls=%beside
+  ROOT %f.3 = f32[8]{0} fusion(%x), kind=kCustom, calls=%ends
+}
+"""
+
+
+def test_a_collective_in_several_fusions_is_one():
+  (one,) = hlo.collectives_of(FUSED)
+  assert (one.kind, one.count, one.bytes) == ("all-gather", 1, 32)
+
+
+# One name of two, a loop without a name inside, one joined of two parts without
+# a name, what comes of the optimizer, and one that nothing is known of.
+NAMED = """HloModule jit_step
+
+%body.1 (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %r = f32[4]{0} all-reduce(%p), to_apply=%add.1
+}
+
+%async.1 (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %r = f32[5]{0} all-to-all(%p), dimensions={0}
+}
+
+ENTRY %main (x: f32[4], y: f32[8]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %y = f32[8]{0} parameter(1)
+  %g = (f32[8], f32[16]) all-gather(%x, %y), metadata={op_name="jit(step)/(jvp(embedding)/a:jvp(dense)/b)"}
+  %w = f32[4]{0} while(%x), condition=%c.1, body=%body.1, metadata={op_name="jit(step)/transpose(jvp(moe))/while"}
+  %m = f32[4]{0} negate(%x), metadata={op_name="jit(step)/transpose(jvp(mtp))/neg"}
+  %h = f32[8]{0} negate(%y), metadata={op_name="jit(step)/transpose(jvp(head))/neg"}
+  %s = ((f32[4], f32[8]), (f32[2], f32[4])) reduce-scatter-start(%m, %h), to_apply=%add.1
+  %e = (f32[2], f32[4]) reduce-scatter-done(%s)
+  %e.1 = f32[4]{0} get-tuple-element(%e), index=1
+  %t = f32[1]{0} reduce-scatter(%e.1), to_apply=%add.1
+  %a = ((f32[4]), f32[4], u32[]) async-start(%m), calls=%async.1
+  %j = f32[12]{0} concatenate(%m, %h)
+  %k = f32[12]{0} all-reduce(%j), to_apply=%add.1
+  %o = f32[4]{0} add(%m, %x), metadata={op_name="jit(step)/optimizer/add"}
+  %u = f32[32]{0} all-gather(%o), dimensions={0}
+  ROOT %v = f32[4]{0} collective-permute(%x)
+}
+"""
+
+
+def test_where_a_collective_is():
+  found = {(c.kind, c.result): c.place for c in hlo.collectives_of(NAMED)}
+  back = lambda part: Place(part, backward=True)
+  assert found == {
+    ("all-gather", "f32[8]"): Place("embedding"),
+    ("all-gather", "f32[16]"): Place("dense"),
+    ("all-reduce", "f32[4]"): back("moe"),
+    ("reduce-scatter", "f32[2]"): back("mtp"),
+    ("reduce-scatter", "f32[4]"): back("head"),
+    ("reduce-scatter", "f32[1]"): back("head"),
+    ("all-to-all", "f32[5]"): back("mtp"),
+    ("all-reduce", "f32[12]"): Place("gradients"),
+    ("all-gather", "f32[32]"): Place("optimizer"),
+    ("collective-permute", "f32[4]"): places.OTHER,
+  }
+
+
+@pytest.fixture(scope="module")
+def lowered():
+  """A step of two MoE layers and two microbatches on four devices."""
+  values = micro.config_of(
+    {
+      "mesh.fsdp": 2,
+      "mesh.expert": 2,
+      "model.mtp.depth": 0,
+      "data.seq_len": 40,  # 32 x 32 is also a matrix of the experts
+      "train.microbatches": 2,
+      "schedule.batch_size": 8,
+      "schedule.batch_size_start": 8,
+    }
+  )
+  return values, lower.lower(values, "cpu:4")
+
+
+def of(found, place, kind):
+  (row,) = [r for r in found.sent() if (r.place, r.kind) == (place, kind)]
+  return row
+
+
+def test_a_moe_layer_sends_its_rows_there_and_back(lowered):
+  values, found = lowered
+  m, devices = values.model, 4
+  tokens = values.schedule.batch_size * values.data.seq_len // devices // 2
+  rows = 2 * tokens * m.moe.top_k  # as many as may come from either of two
+  for place in ("MoE layer, forward", "MoE layer, backward"):
+    row = of(found, place, "all-to-all")
+    assert (row.layers, row.microbatches) == (m.n_moe_layers, 2)
+    assert row.number == 3 * row.runs  # a row, its gate, what comes of it
+    assert row.bytes == row.runs * rows * 4 * (m.dim + 1 + m.dim)
+
+
+def test_fsdp_gathers_a_layers_weights_once(lowered):
+  values, found = lowered
+  make = lambda: split(make_model(values.model, jax.random.key(0)))[1]
+  stack, expected = jax.eval_shape(make)["moe"], 0
+  for w in jax.tree.leaves(stack, is_leaf=is_variable):
+    dims, shape = dims_of(w), w.get_value().shape
+    mesh = Mesh(fsdp=2, expert=2)
+    if "fsdp" in str(table.stored(dims, shape, mesh)):
+      share = 2 if "E" in dims else 1
+      expected += 4 * math.prod(shape[1:]) // share
+  row = of(found, "MoE layer, forward", "all-gather")
+  loads = 4 * 2 * values.model.moe.n_routed  # of either, to all
+  assert row.bytes == row.runs * (expected + loads)
+
+
+def test_all_that_is_sent_is_somewhere(lowered):
+  values, found = lowered
+  rows = found.sent()
+  assert sum(r.bytes for r in rows) == sum(
+    c.count * c.bytes for c in found.collectives
+  )
+  other = sum(r.bytes for r in rows if r.place == "other")
+  batch = values.schedule.batch_size * values.data.seq_len * 4 * 4
+  assert other <= batch  # dealt out to microbatches
+  assert (
+    found.as_dict()["sent"][0]["bytes_each"] == rows[0].bytes / rows[0].runs
+  )
+
+
+def test_a_step_on_devices_that_are_there_for_the_test(lowered):
+  values, found = lowered
+  assert found.mesh == Mesh(fsdp=2, expert=2)
   size = count.parameters(values.model)
-  # Experts over two, moments over both replicas: more than weights, less than all.
-  assert 4 < found.arguments / (size.main + size.mtp) < 12
+  # Weights, two moments, over four; some of them whole.
+  assert 2 < found.arguments / (size.main + size.mtp) < 12
   assert found.temporary > 0 and found.surprises == []
-  kinds = {c.kind for c in found.collectives}
-  assert "all-to-all" in kinds and "all-reduce" in kinds
+  assert found.as_dict()["bytes"]["total"] == found.total
   assert "all-to-all: " in found.text()
+  assert "MoE layer, backward" in found.text()
 
 
 def test_the_compiler_is_not_waited_for_longer_than_was_said():
