@@ -14,6 +14,7 @@ COLLECTIVES = (
   "collective-permute collective-broadcast"
 ).split()
 _PRODUCTS = ("fusion", "custom-call", "dot", "convolution")
+_KERNEL = 'custom_call_target="mosaic_gpu'  # of ours, for FP8: all are products
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
 
 
@@ -91,8 +92,8 @@ def collectives_of(text: str) -> list[Collective]:
 
 
 def meanwhile(text: str, scope: str) -> Meanwhile:
-  """Products traced in `scope`: all, and those that the schedule has between the
-  start and the end of an all-to-all."""
+  """Products traced in `scope`, XLA's and kernels for Hopper: all, and those that
+  the schedule has between the start and the end of an all-to-all."""
   on_their_way, found = collections.defaultdict(set), []
   for computation, line, *_ in _run(*_computations(text)):
     rows = on_their_way[computation]
@@ -100,9 +101,10 @@ def meanwhile(text: str, scope: str) -> Meanwhile:
       rows.add(start[1])
     elif done := re.search(r"-done\(%?(\S*all-to-all-start[\w.-]*)", line):
       rows.discard(done[1])
-    elif re.search(rf'op_name="[^"]*\b{scope}\b[^"]*/dot_general', line):
+    elif re.search(rf"\b{scope}\b", name := _name_of(line)):
       match = _INSTRUCTION.match(line)
-      if match and match[2] in _PRODUCTS:
+      product = "/dot_general" in name or _KERNEL in line
+      if product and match and match[2] in _PRODUCTS:
         found.append(bool(rows))
   return Meanwhile(sum(found), len(found))
 
