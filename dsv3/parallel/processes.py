@@ -4,8 +4,11 @@ Every process runs the same program on the same config; each has some of the
 devices. The first one also writes what is written once.
 """
 
+import importlib.util
 import os
+import sys
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +19,23 @@ from dsv3.config import ConfigError
 # A process that does not answer for so long is gone: JAX ends the others, and says
 # which it was. One that is killed on a machine that lives is noticed at once.
 HEARTBEAT_SECONDS = 30
+COORDINATOR = "JAX_COORDINATOR_ADDRESS"  # HOST:PORT of the first process
+# Where a process's number stands, and how many there are. JAX reads those of Slurm
+# itself, and those of Open MPI before 5.
+_NUMBERS = (
+  ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"),
+  ("JOB_COMPLETION_INDEX", "JAX_NUM_PROCESSES"),  # of a Job of Kubernetes
+  ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+)
+_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+
+
+class Group(NamedTuple):
+  """Processes of one run, and which of them this is."""
+
+  coordinator: str
+  process_id: int
+  num_processes: int
 
 
 def start(
@@ -23,8 +43,10 @@ def start(
 ) -> None:
   """Joins the other processes of a run, if there are any; before any device.
 
-  With no arguments they are those of the cluster's job: Slurm's, Open MPI's, of a
-  TPU slice on GKE, as JAX finds them; on TPU VMs give the arguments. Raises ConfigError for a part of the arguments.
+  With no arguments they are those of `told`, or else of the cluster's job, as JAX
+  finds them: Slurm's, Open MPI's, those of a TPU slice, of a Job of Kubernetes.
+  One of one process, --num_processes=1, is alone wherever it is. Raises ConfigError
+  for a part of the arguments, and where the others cannot be found.
   """
   given = {
     "--coordinator": coordinator,
@@ -33,43 +55,131 @@ def start(
   }
   missing = [name for name, value in given.items() if value is None]
   if len(missing) == len(given):
-    if in_cluster(os.environ):
-      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    if group := told(os.environ):
+      _join(group)
+    elif in_cluster(os.environ):
+      _find()
+    elif on_tpu_vm(os.environ):
+      _find_or_alone()
+    return
+  if num_processes == 1 and not process_id:
     return
   if missing:
     raise ConfigError(
       f"{missing[0]}: missing; all of {', '.join(given)}, or none"
     )
-  if process_id >= num_processes:
+  _join(Group(*given.values()), ("--process_id", "--num_processes"))
+
+
+def told(environment: Mapping[str, str]) -> Group | None:
+  """The processes that environment variables tell all of; None without them.
+
+  >>> of = {COORDINATOR: "a:1", "JAX_PROCESS_ID": "1", "JAX_NUM_PROCESSES": "2"}
+  >>> told(of)
+  Group(coordinator='a:1', process_id=1, num_processes=2)
+  """
+  there = [pair for pair in _NUMBERS if all(k in environment for k in pair)]
+  if there and COORDINATOR in environment:
+    process_id, count = (_whole(environment, key) for key in there[0])
+    return Group(environment[COORDINATOR], process_id, count)
+  if own := [key for key in _NUMBERS[0] if key in environment]:
+    wanted = (COORDINATOR, *_NUMBERS[0])
+    missing = next(key for key in wanted if key not in environment)
     raise ConfigError(
-      f"--process_id: found {process_id}, wanted less than --num_processes = "
-      f"{num_processes}"
+      f"{missing}: missing in the environment, which has {own[0]}; all of "
+      f"{', '.join(wanted)}, or none"
     )
-  if num_processes > 1:
-    jax.distributed.initialize(
-      coordinator,
-      num_processes,
-      process_id,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+  return None
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
   """Is this process one of several that a cluster has started together?
+
+  A Job of Kubernetes is asked how many it has where JAX can ask, with the package
+  `kubernetes`.
 
   >>> in_cluster({"SLURM_STEP_NUM_TASKS": "1"})
   False
   >>> in_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
   True
   """
-  several = lambda name: int(environment.get(name) or 1) > 1
-  hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
+  several = lambda name: _whole(environment, name, 1) > 1
+  in_job = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= {*environment}
   return (
     several("SLURM_STEP_NUM_TASKS")
     or several("OMPI_COMM_WORLD_SIZE")
     or several("MEGASCALE_NUM_SLICES")
-    or "," in hosts
+    or any("," in environment.get(name, "") for name in _HOSTS)
+    or (in_job and importlib.util.find_spec("kubernetes") is not None)
   )
+
+
+def on_tpu_vm(environment: Mapping[str, str]) -> bool:
+  """Is this a host with TPUs of which only the metadata knows the slice?
+
+  JAX writes the first variable where it finds a TPU, and the second where there is
+  nobody to ask. A pod of GKE, or a notebook's host, has the list of its hosts.
+
+  >>> on_tpu_vm({"TPU_ML_PLATFORM": "JAX"})
+  True
+  >>> on_tpu_vm({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "localhost"})
+  False
+  """
+  known = ("TPU_SKIP_MDS_QUERY", *_HOSTS)
+  return "TPU_ML_PLATFORM" in environment and not any(
+    name in environment for name in known
+  )
+
+
+def _whole(environment, name: str, default: int | None = None) -> int:
+  text = environment.get(name) or default
+  try:
+    return int(text)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(
+      f"{name} in the environment: found {text!r}, wanted a whole number"
+    ) from error
+
+
+def _join(group: Group, names=_NUMBERS[0]) -> None:
+  process_id, num_processes = group[1:]
+  if not 0 <= process_id < num_processes:
+    raise ConfigError(
+      f"{names[0]}: found {process_id}, wanted less than {names[1]} = "
+      f"{num_processes}"
+    )
+  if num_processes > 1:
+    jax.distributed.initialize(
+      group.coordinator,
+      num_processes,
+      process_id,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+
+
+def _find() -> None:
+  """As JAX finds them: by the environment, the metadata, or Kubernetes."""
+  try:
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  except (ValueError, KeyError, RuntimeError) as error:
+    first = str(error).strip().split("\n")[0] or type(error).__name__
+    raise ConfigError(
+      f"--coordinator: missing, and the cluster tells JAX not all ({first}); "
+      f"wanted --coordinator, --process_id and --num_processes, or {COORDINATOR} "
+      "and the others in the environment; --num_processes=1 is a run by itself"
+    ) from error
+
+
+def _find_or_alone() -> None:
+  """As `_find`; where nobody tells the slice, it is this host."""
+  try:
+    _find()
+  except (ConfigError, OSError) as error:
+    if isinstance(
+      error.__cause__, RuntimeError
+    ):  # told, and they do not answer
+      raise
+    print(f"dsv3: no other hosts of a slice: {error}", file=sys.stderr)
 
 
 def is_first() -> bool:

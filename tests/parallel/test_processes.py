@@ -200,6 +200,175 @@ def test_a_part_of_the_arguments_is_said(given, words):
   assert all(word in str(error.value) for word in words)
 
 
+@pytest.fixture
+def joined(monkeypatch):
+  """An environment without any cluster, and what JAX is asked to join."""
+  for name in list(os.environ):
+    if name.startswith(("SLURM_", "OMPI_", "TPU_", "JOB_", "KUBERNETES_")):
+      monkeypatch.delenv(name)
+  calls = []
+  take = lambda *where, heartbeat_timeout_seconds: calls.append(where)
+  monkeypatch.setattr(jax.distributed, "initialize", take)
+  return calls
+
+
+JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4"}
+RANK = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+
+
+@pytest.mark.parametrize(
+  "environment, wanted",
+  [
+    ({}, []),
+    ({**JAX, "JAX_PROCESS_ID": "3"}, [("a:1", 4, 3)]),
+    ({**JAX, "JOB_COMPLETION_INDEX": "3"}, [("a:1", 4, 3)]),
+    ({**RANK, "JAX_COORDINATOR_ADDRESS": "a:1"}, [("a:1", 4, 3)]),
+    ({**JAX, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, []),
+    (RANK, [()]),
+    ({"JAX_COORDINATOR_ADDRESS": "a:1", "SLURM_STEP_NUM_TASKS": "4"}, [()]),
+    ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, []),
+    ({"MEGASCALE_NUM_SLICES": "2"}, [()]),
+    ({"TPU_PROCESS_ADDRESSES": "a,b"}, [()]),
+    ({"TPU_ML_PLATFORM": "JAX"}, [()]),
+    ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, []),
+    ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "localhost"}, []),
+    ({"JOB_COMPLETION_INDEX": "1"}, []),  # an array of runs is one, too
+  ],
+  ids=str,
+)
+def test_processes_are_those_of_the_environment(
+  joined, monkeypatch, environment, wanted
+):
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  processes.start(None, None, None)
+  assert joined == wanted
+  processes.start(None, None, 1)  # alone wherever it is
+  assert joined == wanted
+
+
+@pytest.mark.parametrize("has_package", [True, False])
+def test_a_job_of_kubernetes_is_asked_where_jax_can(
+  joined, monkeypatch, has_package
+):
+  monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+  monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+  spec = lambda name: name if has_package else None
+  monkeypatch.setattr(processes.importlib.util, "find_spec", spec)
+  processes.start(None, None, None)
+  assert joined == [()] * has_package
+
+
+@pytest.mark.parametrize(
+  "environment, words",
+  [
+    ({"JAX_PROCESS_ID": "1"}, ("JAX_COORDINATOR_ADDRESS", "missing")),
+    (JAX, ("JAX_PROCESS_ID", "missing")),
+    ({**JAX, "JAX_PROCESS_ID": "4"}, ("JAX_PROCESS_ID: found 4", "= 4")),
+    ({**JAX, "JAX_PROCESS_ID": "x"}, ("JAX_PROCESS_ID", "found 'x'")),
+  ],
+  ids=str,
+)
+def test_a_part_of_the_environment_is_said(
+  joined, monkeypatch, environment, words
+):
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(ConfigError) as error:
+    processes.start(None, None, None)
+  assert all(word in str(error.value) for word in words)
+  assert not joined
+
+
+def fail(error):
+  def initialize(**_):
+    raise error
+
+  return initialize
+
+
+def test_a_cluster_that_tells_not_all_is_one_line(joined, monkeypatch):
+  """As under Open MPI 5, of which JAX finds no address."""
+  monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+  error = ValueError("coordinator_address should be defined.")
+  monkeypatch.setattr(jax.distributed, "initialize", fail(error))
+  with pytest.raises(ConfigError, match="address should.*--num_processes=1"):
+    processes.start(None, None, None)
+
+
+def test_a_tpu_of_which_nobody_tells_the_slice_is_alone(
+  joined, monkeypatch, capsys
+):
+  monkeypatch.setenv("TPU_ML_PLATFORM", "JAX")
+  for error in (ValueError("no address"), OSError("no metadata")):
+    monkeypatch.setattr(jax.distributed, "initialize", fail(error))
+    processes.start(None, None, None)
+    assert str(error) in capsys.readouterr().err
+  gone = RuntimeError("no answer")
+  monkeypatch.setattr(jax.distributed, "initialize", fail(gone))
+  with pytest.raises(ConfigError, match="no answer"):
+    processes.start(None, None, None)
+
+
+def slurm(port: int, i: int) -> dict[str, str]:
+  """What `srun` gives a process of two; JAX's own choice of a port but for one."""
+  return {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": str(i),
+    "SLURM_LOCALID": str(i),
+    "JAX_COORDINATOR_PORT": str(port),
+  }
+
+
+def open_mpi(port: int, i: int) -> dict[str, str]:
+  """What `mpirun` of Open MPI 4 gives."""
+  return {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": str(i),
+    "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+    "JAX_COORDINATOR_PORT": str(port),
+  }
+
+
+def variables(port: int, i: int) -> dict[str, str]:
+  return {
+    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+    "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": str(i),
+  }
+
+
+@pytest.mark.parametrize(
+  "cluster",
+  [
+    slurm,
+    *(pytest.param(c, marks=pytest.mark.slow) for c in (open_mpi, variables)),
+  ],
+)
+def test_two_processes_find_each_other_by_the_environment(cluster):
+  words = """
+from dsv3.parallel import processes
+processes.start(None, None, None)
+import jax
+print(f"process {jax.process_index()} found {processes.total(7)}")
+"""
+  port = free_port()
+  run = lambda i: subprocess.Popen(
+    [sys.executable, "-c", words],
+    env=os.environ | cluster(port, i),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  texts = finish([run(0), run(1)])
+  for i, text in enumerate(texts):
+    assert f"process {i} found 14" in text, texts
+
+
 def test_one_process_reads_all_rows():
   where = layout.of_run(micro.config_of({"mesh.data": 2, "mesh.expert": 2}))
   assert where.share(4) == (0, 4, True)
