@@ -40,8 +40,9 @@ class Past(NamedTuple):
 class Decoder:
   """Weights laid out for decoding, and the compiled functions.
 
-  A model on a mesh decodes there, sequences dealt to all devices. `copies` are of
-  busy experts, and where they lie.
+  A model on a mesh decodes there, sequences dealt to all devices; any number of
+  them, padded where the devices do not divide it. `copies` are of busy experts, and
+  where they lie.
 
   Raises ConfigError for attention without a latent.
   """

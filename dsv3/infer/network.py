@@ -81,8 +81,22 @@ def run_block(
   x_BLD = x_BLD + u_BLD
   u_BLD = block.ffn_norm(x_BLD)
   if isinstance(block.ffn, moe.Moe):
-    return x_BLD + block.ffn(u_BLD, window.inside_BL)[0], layer
+    return x_BLD + _experts(block.ffn, u_BLD, window.inside_BL), layer
   return x_BLD + block.ffn(u_BLD), layer
+
+
+def _experts(ffn: moe.Moe, u_BLD, inside_BL) -> jax.Array:
+  """The output for so many sequences and positions as the devices divide.
+
+  What is added for that is padding, which is routed to no expert.
+  """
+  n_rows, length = inside_BL.shape
+  more = [
+    (0, -n % ffn.placement.parts(d)) for n, d in ((n_rows, "B"), (length, "L"))
+  ]
+  u_BLD = jnp.pad(u_BLD, (*more, (0, 0)))
+  y_BLD, _ = ffn(u_BLD, jnp.pad(inside_BL, more))
+  return y_BLD[:n_rows, :length]
 
 
 def _attention(block, h_BLD, layer, window, first):

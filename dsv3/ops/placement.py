@@ -35,7 +35,10 @@ class Peers:
 class Placement:
   """Where the arrays of a model lie, and which device computes what.
 
-  place(x, dims): x, shared out by its dims: "BLD" deals sequences.
+  place(x, dims): x, shared out by its dims: "BLD" deals sequences. One that does
+    not divide lies where the compiler has it.
+  parts(dim): the devices that have different parts of a dim, which it is a
+    multiple of where a function is `spread`.
   dealt(x): x with positions, its last dim, in the order of the devices that share
     them: each has early and late ones, so that all have as much past to see.
   gather(module): a module, its weights as products read them.
@@ -45,6 +48,7 @@ class Placement:
   """
 
   place: Callable[[Any, str], Any]
+  parts: Callable[[str], int]
   dealt: Callable[[jax.Array], jax.Array]
   gather: Callable[[Any], Any]
   spread: Callable[[Callable, Sequence[str], Any], Callable]
@@ -59,6 +63,7 @@ ALONE = Peers(
 
 ONE_DEVICE = Placement(
   place=lambda x, dims: x,
+  parts=lambda dim: 1,
   dealt=lambda x: x,
   gather=lambda module: module,
   spread=lambda function, dims_in, dims_out: functools.partial(function, ALONE),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -24,13 +25,22 @@ def make(sizes: Mesh, mesh: jax.sharding.Mesh) -> Placement:
 
   kernel = kernel_of(mesh.devices.flat[0].platform)
 
+  parts = lambda dim: math.prod(sizes.along(a) for a in table.axes_of(dim))
+
   def place(tree, dims):
     sharding = NamedSharding(mesh, table.computed(dims))
-    fix = lambda x: lax.with_sharding_constraint(x, sharding)
+    names = table.letters(dims)
+
+    def fix(x):
+      if any(n % parts(dim) for n, dim in zip(x.shape, names, strict=True)):
+        return x  # of a decode: a run's batches are multiples
+      return lax.with_sharding_constraint(x, sharding)
+
     return jax.tree.map(fix, tree)
 
   return Placement(
     place=place,
+    parts=parts,
     dealt=functools.partial(positions.deal, n_devices=sizes.context),
     gather=functools.partial(_gather, sizes=sizes, mesh=mesh),
     spread=functools.partial(_spread, peers=peers_of(sizes, kernel), mesh=mesh),

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,6 +61,27 @@ def test_a_decode_with_copies_is_the_decode_without(mesh, drafts):
   tokens, log_probs = completions(model, drafts, copies=found)
   assert tokens == wanted[0]
   np.testing.assert_allclose(log_probs, wanted[1], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    MESH,
+    pytest.param(
+      {"mesh.data": 2, "mesh.context": 2}, marks=pytest.mark.slow
+    ),  # a step has one position, of two devices
+  ],
+)
+def test_a_mesh_decodes_a_batch_that_it_does_not_divide(mesh):
+  small = {"model.n_layers": 2, "model.mtp.depth": 0}
+  prompts = [[5, 6, 7, 8, 9], [3, 4], [200, 100, 50]]
+
+  def logits(diff):
+    decoder = Decoder(model_of({**small, **diff}))
+    first, cache = decoder.prefill(prompts, room=4)
+    return np.stack([first, decoder.step(jnp.array([1, 2, 3]), cache)[0]])
+
+  np.testing.assert_allclose(logits(mesh), logits({}), atol=2e-4)
 
 
 def test_copies_share_the_load_as_the_placement_says():
