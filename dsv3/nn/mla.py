@@ -188,6 +188,11 @@ def attend_to_all(
 
   Of the others' positions come the latent and the rotated key, C + R values a
   token, and not the keys and values of the heads.
+
+  Departs: in FP8 a device quantises the gradient of all keys and values that
+  comes of its own queries, and what is made of these parts is summed; one
+  device quantises their sum. It rounds elsewhere, about as much. The report
+  cuts no sequence.
   """
   c_kv_BMC, k_r_BMR = (peers.whole(x, "L", 1) for x in (c_kv_BLC, k_r_BLR))
   k, v_BMHV = expand(w_uk, w_uv, c_kv_BMC, k_r_BMR, gemm)

@@ -291,8 +291,8 @@ class _Trainer:
           self.host_ema.update(self.state.params)
         # All stop after the same step, whichever of them is told to. A signal that
         # comes while they agree is met after the next one.
-        signum = self._agreed(interrupts)
-        stop = signum or processes.largest(clock.is_over())
+        signum, is_over = self._agreed(interrupts, clock.is_over())
+        stop = signum or is_over
         last = stop or self.done == self.schedule.steps
         if (
           last or self._is_due("eval_every") or self._is_due("checkpoint_every")
@@ -304,7 +304,7 @@ class _Trainer:
         if stop:
           break
       self._tell_measured(clock.tokens_per_second())
-      signum = signum or self._agreed(interrupts)
+      signum = signum or self._agreed(interrupts)[0]
       score = None if signum else self._evaluate_at_the_end()
       self.checkpoints.wait()  # a signal now must not cut the last save short
     saved = self.checkpoints.steps
@@ -318,9 +318,16 @@ class _Trainer:
       self.max_vio,
     )
 
-  def _agreed(self, interrupts: Interrupts) -> int | None:
-    """A signal that any of the processes has had; all ask."""
-    return processes.largest(interrupts.signum or 0) or None
+  def _agreed(
+    self, interrupts: Interrupts, is_over: bool = False
+  ) -> tuple[int | None, bool]:
+    """A signal that any of the processes has had, or that its time is over.
+
+    All ask, once for both: the answer waits for the step that is running. With a
+    signal the time does not matter.
+    """
+    found = processes.largest(2 * (interrupts.signum or 0) + is_over)
+    return found // 2 or None, bool(found % 2)
 
   def _watch(self, batch) -> None:
     found = self.watch.look(self.done, self.state, batch, self.progress.tell)
