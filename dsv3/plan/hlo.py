@@ -177,10 +177,14 @@ def _around(line: Line) -> places.Place | None:
 
 
 def _made_of(operand: str, graph: Graph) -> places.Place | None:
-  """The place of the nearest instructions behind an operand that have any."""
+  """The place of the nearest instructions behind an operand that have any.
+
+  Constants and the like are shared by places that have nothing else in common.
+  """
   names, seen = {operand}, set()
   while names:
-    near = [one for n in names for one in places.split(graph[n].op_name)]
+    named = [graph[name].op_name for name in names if graph[name].operands]
+    near = [one for name in named for one in places.split(name)]
     if found := places.of_names(near):
       return found
     seen |= names

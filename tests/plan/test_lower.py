@@ -174,7 +174,9 @@ ENTRY %main (x: f32[4], y: f32[8]) -> f32[4] {
   %k = f32[12]{0} all-reduce(%j), to_apply=%add.1
   %o = f32[4]{0} add(%m, %x), metadata={op_name="jit(step)/optimizer/add"}
   %u = f32[32]{0} all-gather(%o), dimensions={0}
-  ROOT %v = f32[4]{0} collective-permute(%x)
+  %i = u32[] partition-id(), metadata={op_name="jit(step)/optimizer/mul"}
+  %l = f32[4]{0} fusion(%x, %i), kind=kLoop, calls=%add.1
+  ROOT %v = f32[4]{0} collective-permute(%l)
 }
 """
 

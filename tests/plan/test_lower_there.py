@@ -1,0 +1,80 @@
+"""A whole training step compiled for GPUs and for a TPU slice that are not there."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+# Micro's sizes are too small for the TPU's compiler: libtpu 0.0.42 ends with an
+# error of its own.
+SIZES = {
+  "model.dtype": "bfloat16",
+  "model.n_layers": 3,
+  "schedule.batch_size": 16,
+  "schedule.batch_size_start": 16,
+}
+
+
+def lowered(target: str) -> dict:
+  """What `dsv3 plan --lower` says of a small model, in a process of its own."""
+  # What a test's process has for its CPU devices.
+  mine = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+  kept = {k: v for k, v in os.environ.items() if k not in mine}
+  options = ["--mesh=fsdp=2,expert=4,expert_rows=2", "--microbatches=2"]
+  options += [f"--config.{name}={value}" for name, value in SIZES.items()]
+  run = subprocess.run(
+    [sys.executable, "-m", "dsv3", "plan", "--config=tiny", "--json"]
+    + [f"--lower={target}", *options],
+    env=kept,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert run.returncode == 0, run.stderr[-2000:] + run.stdout[-2000:]
+  return json.loads(run.stdout)
+
+
+def check(found: dict) -> None:
+  """It holds something, sends rows and weights in its layers, and no more."""
+  assert found["surprises"] == []
+  held = found["bytes"]
+  assert min(held["arguments"], held["temporary"]) > 0
+  assert held["total"] < 1e8  # a model of 600,000 parameters
+  sent = {(r["place"], r["kind"]): r for r in found["sent"]}
+  for way in ("forward", "backward"):
+    for place in ("MoE layer", "MTP module"):
+      rows = sent[f"{place}, {way}", "ragged-all-to-all"]
+      assert rows["number_each"] >= 2 and rows["bytes_each"] > 0
+  layer = sent["MoE layer, forward", "all-gather"]
+  assert (layer["layers"], layer["microbatches"]) == (2, 2)
+  assert ("optimizer", "all-reduce") in sent  # of the gradients' norm
+  other = sum(r["bytes"] for r in found["sent"] if r["place"] == "other")
+  assert other < sum(r["bytes"] for r in found["sent"]) / 20
+
+
+@pytest.mark.hopper
+@pytest.mark.skipif(
+  not importlib.util.find_spec("jax_cuda13_plugin"),
+  reason="needs CUDA's compiler: pip install -e '.[hopper-compile]'",
+)
+def test_a_step_compiles_for_eight_h200s():
+  found = lowered("h200:1x8")
+  check(found)
+  assert found["shared"]["all"] > 0
+
+
+@pytest.mark.tpu
+@pytest.mark.skipif(
+  not importlib.util.find_spec("libtpu"),
+  reason="needs the TPU's compiler: pip install 'jax[tpu]'",
+)
+def test_a_step_compiles_for_a_slice_of_v5e():
+  found = lowered("v5e:2x4")
+  check(found)
+  gathers = [r for r in found["sent"] if r["kind"] == "all-gather"]
+  assert len(gathers) > 3  # also those that are in fusions
