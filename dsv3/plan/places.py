@@ -13,6 +13,7 @@ from dsv3 import config
 
 # The outermost scope, and what it is to people; in the order of a step.
 PARTS = {
+  "quantise": "weights quantised",  # of a recipe's, once a step
   "embedding": "embedding",
   "dense": "dense layer",
   "moe": "MoE layer",
@@ -22,7 +23,10 @@ PARTS = {
   "optimizer": "optimizer",
   "other": "other",
 }
-_SCOPE = re.compile(r"[/(](embedding|dense|moe|mtp|head|optimizer)(?=[/)])")
+_SCOPE = re.compile(
+  r"[/(](quantise|embedding|dense|moe|mtp|head|optimizer)(?=[/)])"
+)
+_ONCE = ("quantise", "optimizer", "other")  # a step, without a backward pass
 
 
 class Place(NamedTuple):
@@ -32,10 +36,9 @@ class Place(NamedTuple):
   backward: bool = False
 
   def __str__(self) -> str:
-    passes = "" if self.part in ("gradients", "optimizer", "other") else ", "
-    if passes:
-      passes += "backward" if self.backward else "forward"
-    return PARTS[self.part] + passes
+    if self.part in (*_ONCE, "gradients"):
+      return PARTS[self.part]
+    return f"{PARTS[self.part]}, {'backward' if self.backward else 'forward'}"
 
 
 OTHER = Place("other")
@@ -92,8 +95,7 @@ def times(part: str, values: config.Config) -> tuple[int, int]:
     "moe": m.n_moe_layers,
     "mtp": m.mtp.depth,
   }
-  once = part in ("optimizer", "other")
-  return max(layers.get(part, 1), 1), 1 if once else microbatches
+  return max(layers.get(part, 1), 1), 1 if part in _ONCE else microbatches
 
 
 def rounded(number: float) -> str:

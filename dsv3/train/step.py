@@ -177,7 +177,8 @@ def accumulate(
   """
   count = losses.counts(batch.labels_BPL, batch.segments_BL)
   total_XE, microbatches = None, values.train.microbatches
-  prepared = precision.prepare(state.params, values.model, state.precision)
+  with jax.named_scope("quantise"):
+    prepared = precision.prepare(state.params, values.model, state.precision)
   if microbatches > 1 and "batch" in values.model.moe.balancing:
     weights = precision.attach(state.params, prepared)
     counted = lambda part, _: count_choices(
