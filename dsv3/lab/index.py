@@ -12,9 +12,9 @@ import statistics
 from collections.abc import Sequence
 
 from dsv3.config import ConfigError
-from dsv3.lab import compare, experiment, table
+from dsv3.lab import compare, experiment, results, table
 
-HEADS = ("question", "paper", "ours (n)", "verdict", "commit")
+HEADS = ("question", "paper", "ours (n)", "verdict", "commit (+ changed)")
 METRICS, ARMS = 2, 6  # of an experiment, at most, in its cell
 
 
@@ -72,7 +72,7 @@ def _measured(place: pathlib.Path) -> tuple[str, str]:
   first = asked.baseline if asked.baseline in lines else next(iter(lines))
   means = [_means(asked, metric, first) for metric in asked.metrics[:METRICS]]
   of_all = [line for found in lines.values() for line in found]
-  commits = sorted({line.get("commit", "")[:7] for line in of_all})
+  commits = sorted({_commit(line) for line in of_all})
   counted = _counted([len(found) for found in lines.values()], len(asked.arms))
   return f"{'; '.join(means)} ({counted})", ", ".join(commits)
 
@@ -85,6 +85,11 @@ def _means(asked: experiment.Experiment, metric: str, first: str) -> str:
   parts = [f"{row.name} {_mean(row, first, most)}" for row in rows[:ARMS]]
   more = ["..."] * (len(rows) > ARMS)
   return f"{metric}: {', '.join(parts + more)}"
+
+
+def _commit(line: results.Line) -> str:
+  """With a + where the code was not all committed."""
+  return line.get("commit", "")[:7] + "+" * bool(line.get("dirty"))
 
 
 def _mean(row: compare.Row, first: str, most: int) -> str:

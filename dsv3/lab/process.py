@@ -118,6 +118,7 @@ class Process:
   def settle(self) -> dict[str, Any] | None:
     """Writes down how it ended; None where it was stopped and can go on."""
     code = self._process.wait()
+    self._watched()
     try:
       if _stopped_by(code) or (code == 0 and self._next):
         return None
@@ -140,9 +141,18 @@ class Process:
       "error": self._error(code) if code else None,
     }
     line |= summary.of_run(run, self.workdir)
-    # Of a run with several starts nobody has watched the whole.
-    seconds = round(time.monotonic() - self._started, 2)
-    return line | {"wall_seconds": seconds if line.get("starts") == 1 else None}
+    found = [float(text) for text in self._seconds.read_text().split()]
+    whole = line.get("starts") == len(found)  # else nobody has watched it all
+    return line | {"wall_seconds": round(sum(found), 2) if whole else None}
+
+  @property
+  def _seconds(self) -> pathlib.Path:
+    return self.workdir / "wall_seconds.txt"
+
+  def _watched(self) -> None:
+    """Notes how long this start has run, whether it goes on or not."""
+    with open(self._seconds, "a") as file:
+      print(f"{time.monotonic() - self._started:.2f}", file=file)
 
   def _error(self, code: int) -> str:
     """The last line that the run said, or the signal that killed it."""

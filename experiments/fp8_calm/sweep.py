@@ -8,4 +8,8 @@ BASE = "base"
 BASELINE = "bf16"
 METRICS = ["loss"]
 
-runs = module_of(pathlib.Path(__file__).parents[1] / "fp8/sweep.py").runs
+FP8 = module_of(pathlib.Path(__file__).parents[1] / "fp8/sweep.py")
+
+
+def runs():
+  return FP8.some("bf16", "deepseek_v3", "per_tensor", "blockwise_128")

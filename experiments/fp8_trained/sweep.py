@@ -2,7 +2,6 @@
 
 import pathlib
 
-from dsv3.lab.sweep import arms, chain
 from dsv3.overlay import module_of
 
 BASE = "base"
@@ -12,6 +11,4 @@ FP8 = module_of(pathlib.Path(__file__).parents[1] / "fp8/sweep.py")
 
 
 def runs():
-  recipe = lambda name: {"model.precision.recipe": name}
-  others = {name: recipe(name) for name in ("delayed", "mxfp8")}
-  return chain(FP8.runs(), arms(others))
+  return FP8.some(*FP8.ARMS)

@@ -1,5 +1,7 @@
 """The table of all experiments: words from their READMEs, counts from results."""
 
+import pathlib
+
 import pytest
 
 from dsv3 import cli
@@ -88,3 +90,22 @@ def test_a_readme_without_marks_is_left_as_it_is(tmp_path):
   with pytest.raises(ConfigError, match=f"found no line {table.BEGIN}"):
     index.write(place.parent)
   assert (place.parent / "README.md").read_text() == "# My own\n"
+
+
+def test_uncommitted_code_is_marked(tmp_path):
+  place = trial.write(tmp_path)
+  (place / "README.md").write_text(README.format(verdict="Neither."))
+  trial.record(place, {"a": [2.0, 3.0]})
+  kept = place / "results.jsonl"
+  kept.write_text(
+    kept.read_text().replace('"dirty": false', '"dirty": true', 1)
+  )
+  assert index.index(place.parent).endswith("| abcdef0, abcdef0+ |")
+
+
+def test_the_kept_table_is_that_of_the_experiments():
+  folder = pathlib.Path(__file__).parents[2] / "experiments"
+  wanted = index.index(folder)
+  assert wanted in (folder / "README.md").read_text(), (
+    "dsv3 compare experiments"
+  )
