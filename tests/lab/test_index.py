@@ -95,7 +95,7 @@ def test_a_readme_without_marks_is_left_as_it_is(tmp_path):
 def test_uncommitted_code_is_marked(tmp_path):
   place = trial.write(tmp_path)
   (place / "README.md").write_text(README.format(verdict="Neither."))
-  trial.record(place, {"a": [2.0, 3.0]})
+  trial.record(place, {"a": [2.0, 3.0], "b": [2.1]})
   kept = place / "results.jsonl"
   kept.write_text(
     kept.read_text().replace('"dirty": false', '"dirty": true', 1)
