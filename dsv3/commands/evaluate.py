@@ -39,6 +39,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     restore_memory(
       arguments.workdir, trained.step, trained.params, values.model
     ),
+    values.train.microbatches,
   )
   print(f"{arguments.workdir}, step {trained.step}, held-out text:")
   print(f"  bits per byte        {score.bits_per_byte:.4f}")

@@ -16,6 +16,7 @@ from flax import nnx
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.nn import precision
 from dsv3.ops import balance
+from dsv3.train.step import add_up
 
 
 class Score(NamedTuple):
@@ -29,16 +30,20 @@ class Score(NamedTuple):
   max_vio_batch: float  # mean over layers and batches
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _sums(params, router, memory, batch, *, graphdef):
+@functools.partial(jax.jit, static_argnames=("graphdef", "microbatches"))
+def _sums(params, router, memory, batch, *, graphdef, microbatches):
   """Cross-entropy, labels and load of every MoE layer in a batch."""
   values = nnx.merge(graphdef, params, router).model
   weights = precision.attach(params, precision.prepare(params, values, memory))
   model = nnx.merge(graphdef, weights, router)
-  out = model(batch.tokens_BL, batch.segments_BL)
-  labels_BL = batch.labels_BPL[:, 0]
-  loss = model.loss(out.hidden[0], labels_BL)
-  return loss.cross_entropy, (labels_BL >= 0).sum(), out.traffic.load
+
+  def of_part(part, _):
+    out = model(part.tokens_BL, part.segments_BL)
+    labels_BL = part.labels_BPL[:, 0]
+    loss = model.loss(out.hidden[0], labels_BL)
+    return loss.cross_entropy, (labels_BL >= 0).sum(), out.traffic.load
+
+  return add_up(of_part, batch, microbatches, model.placement)
 
 
 def score(
@@ -48,14 +53,17 @@ def score(
   batches: Iterable,
   tokens: Tokenizer,
   memory: precision.Memory | None = None,
+  microbatches: int = 1,
 ) -> Score:
   """The model's Score on `batches` (of `dsv3.train.step.Batch`).
 
-  `memory` is what its recipe remembers: earlier amaxes, Linears kept high.
+  `memory` is what its recipe remembers: earlier amaxes, Linears kept high. A batch
+  goes through in `microbatches`, as in training: what bounds memory.
   """
+  static = {"graphdef": graphdef, "microbatches": microbatches}
   nats, n_labels, n_bytes, loads = 0.0, 0, 0, []
   for batch in batches:
-    sums = _sums(params, router, memory, batch, graphdef=graphdef)
+    sums = _sums(params, router, memory, batch, **static)
     labels_BL = np.asarray(batch.labels_BPL)[:, 0]
     n_bytes += tokens.token_bytes(labels_BL[labels_BL >= 0])
     batch_nats, batch_labels, load_XE = jax.device_get(sums)

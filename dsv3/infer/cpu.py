@@ -1,8 +1,8 @@
-"""How a model multiplies on a CPU: experts apart, some operands bfloat16.
+"""How a model multiplies on a CPU: float32 experts apart, bfloat16 where fast.
 
 A step of decoding takes as long as its weights take to be read. XLA's CPU copies
 an expert out of a stack before it multiplies, and a matrix again for a product of
-a few rows; an array of its own times one row it reads once.
+a few rows; a float32 array of its own times one row it reads once.
 
 It has one fast product of bfloat16, where the processor has the instructions:
 with a float32 sum and two rows or more. It takes half the time of a float32
@@ -26,10 +26,11 @@ ROWS = 4  # of an expert on average; up to it they go one by one
 BRANCHES = 256  # a program has one for every expert of every layer
 
 
-def has_room(model: config.Model) -> bool:
-  """Can a program have a branch for every expert, and compile soon?"""
+def keeps_apart(model: config.Model) -> bool:
+  """Is a branch for every expert fast, and are they few enough to compile soon?"""
   n_layers = model.n_moe_layers + model.mtp.depth
-  return 0 < n_layers * model.moe.n_routed <= BRANCHES
+  few = 0 < n_layers * model.moe.n_routed <= BRANCHES
+  return few and model.dtype == "float32"
 
 
 class Apart(nnx.Module):
@@ -70,7 +71,7 @@ class Apart(nnx.Module):
 
 
 def _stacked(weights: nnx.List) -> jax.Array:
-  return jnp.stack([_bits(w[...]) for w in weights])
+  return jnp.stack([w[...] for w in weights])
 
 
 def _swiglu_of(x_1D, gate_1, w_D2F, w_FD):
@@ -110,24 +111,15 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
 GEMM = of_products("float32", dot, _grouped_dot)
 
 
-def _bits(w):
-  """What a product in tiles reads of bfloat16 (`grouped.grouped_matmul`)."""
-  return lax.bitcast_convert_type(w, jnp.uint16) if w.dtype == "bfloat16" else w
-
-
-def as_used(weights: nnx.State, *, apart: bool) -> nnx.State:
-  """The experts and the head bfloat16, all else float32.
-
-  Experts that are not apart are kept as bits.
-  """
+def as_used(weights: nnx.State) -> nnx.State:
+  """The experts as bits of bfloat16, the head bfloat16, all else float32."""
 
   def leaf(path, x):
     if not jnp.issubdtype(x.dtype, jnp.floating):  # where copies of experts are
       return x
     keys = {getattr(key, "key", None) for key in path}
     if "experts" in keys:
-      w = x.astype(jnp.bfloat16)
-      return w if apart else _bits(w)
+      return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
     return x.astype(jnp.bfloat16 if "head" in keys else jnp.float32)
 
   return jax.tree_util.tree_map_with_path(leaf, weights)

@@ -65,11 +65,9 @@ class Decoder:
         f"cache: found {cache_dtype}, wanted one of {', '.join(caches.DTYPES)}"
       )
     self.cache_dtype = cache_dtype
-    on_a_cpu, alone = (
-      jax.default_backend() == "cpu",
-      model.placement is ONE_DEVICE,
-    )
-    apart = on_a_cpu and alone and cpu.has_room(self.model)
+    on_a_cpu = jax.default_backend() == "cpu"
+    on_one = model.placement is ONE_DEVICE
+    apart = on_a_cpu and on_one and cpu.keeps_apart(self.model)
 
     def network(model):
       model = with_copies(model, copies) if copies else model
@@ -78,7 +76,7 @@ class Decoder:
     _, weights = nnx.split(network(model))
     if on_a_cpu and self.model.dtype == "bfloat16":
       self.dtype, on_cpu = "float32", cpu.GEMM
-      weights = cpu.as_used(weights, apart=apart)
+      weights = cpu.as_used(weights)
     else:
       self.dtype, on_cpu = self.model.dtype, None
       weights = _as_used(weights, self.dtype)

@@ -127,10 +127,7 @@ def _check_processes(
       f"config.mesh: found {found} of {found.size} devices, wanted all "
       f"{devices} of the {jax.process_count()} processes"
     )
-  if values.train.ema_decay and values.train.ema_place == "host":
-    raise config.ConfigError(
-      "config.train.ema_place: found host with several processes, wanted device"
-    )
+  sizes.check_processes(values)
 
 
 def describe(values: config.Config, where: Layout) -> str:

@@ -435,6 +435,7 @@ class _Trainer:
       feed.heldout(self.heldout, size, n_batches),
       self.tokenizer,
       self.state.precision,
+      self.values.train.microbatches,
     )
     named = {f"{name}/{k}": v for k, v in score._asdict().items()}
     self.log.write(self.done, named)

@@ -26,6 +26,11 @@ def test_uniform_model_takes_log2_of_the_vocabulary_a_label(tmp_path):
   n_bytes = sum(int(((x >= 0) & (x < 256)).sum()) for x in labels)
   assert 0 < n_bytes < n_labels
   score = bpb.score(*transformer.split(model), heldout, tokens)
+  again = bpb.score(*transformer.split(model), heldout, tokens, microbatches=2)
+  assert again._replace(loss=0, bits_per_byte=0) == score._replace(
+    loss=0, bits_per_byte=0
+  )
+  assert again.loss == pytest.approx(score.loss, rel=1e-6)
   assert (score.tokens, score.bytes) == (n_labels, n_bytes)
   assert score.loss == pytest.approx(math.log(values.model.vocab_size))
   wanted = math.log2(values.model.vocab_size) * n_labels / n_bytes

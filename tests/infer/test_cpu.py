@@ -44,9 +44,10 @@ def test_experts_apart_are_the_same_experts(load, n_rows):
   assert not np.asarray(found[sum(load) :]).any()
 
 
-def test_many_experts_stay_together():
+def test_many_experts_stay_together_and_those_of_bfloat16():
   with_experts = lambda n: micro.config_of({"model.moe.n_routed": n}).model
   n_layers = 2 + 1  # and that of the MTP module
   most = cpu.BRANCHES // n_layers // 2 * 2  # of two groups
-  assert cpu.has_room(with_experts(most))
-  assert not cpu.has_room(with_experts(most + 2))
+  assert cpu.keeps_apart(with_experts(most))
+  assert not cpu.keeps_apart(with_experts(most + 2))
+  assert not cpu.keeps_apart(micro.config_of({"model.dtype": "bfloat16"}).model)

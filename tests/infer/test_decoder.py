@@ -32,7 +32,7 @@ VARIANTS = {
   "dense": {"model.ffn": "dense"},
   "softmax": {"model.moe.gate": "softmax", "model.moe.balancing": "none"},
   "bfloat16": {"model.dtype": "bfloat16"},
-  "bfloat16, experts together": {"model.dtype": "bfloat16"},
+  "experts together": {},
 }
 
 

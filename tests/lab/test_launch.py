@@ -1,6 +1,8 @@
 """Scripts of `dsv3 launch`: their syntax, their checks, and bash's for real."""
 
 import pathlib
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -177,3 +179,17 @@ def test_a_signal_goes_to_all(tmp_path, monkeypatch):
   process.send_signal(signal.SIGTERM)
   assert process.wait(timeout=60) == 143
   assert len(names(tmp_path, "stopped")) == 4
+
+
+def test_the_readmes_runs_can_be(tmp_path, monkeypatch, capsys):
+  readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+  monkeypatch.chdir(tmp_path)
+  found = re.findall(r"^\| \| `dsv3 (launch .*)` \|$", readme, re.MULTILINE)
+  assert len(found) == 3
+  for line in found:
+    words = shlex.split(line)
+    assert cli.main(words) == 0, line
+    # Without it the average is on one host, which several processes are not.
+    words.remove("--config.train.ema_place=device")
+    assert cli.main(words) == 2
+    assert "ema_place: found host" in capsys.readouterr().err
