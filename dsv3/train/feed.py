@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from dsv3.data import batches
 from dsv3.train.schedule import Schedule
 from dsv3.train.step import Batch
@@ -12,18 +14,19 @@ def training(
   schedule: Schedule,
   done: int,
   ahead: int,
-  share: Callable[[int], Sequence[int]] = lambda size: (0, size),
+  share: Callable[[int], Sequence[range]] = lambda size: (range(size),),
 ) -> Iterator[Batch]:
   """The batches of all steps after the first `done`.
 
   `ahead` is how many sequences more have been read than the schedule says, for
   a run whose schedule has changed: it goes on from the first one not yet read.
-  Of a batch of `size` rows come those from the first to the second of share(size).
+  Of a batch of `size` rows come those of share(size).
   """
   for step in range(done, schedule.steps):
     first = schedule.first_sequence(step) + ahead
-    start, stop, *_ = share(schedule.batch_size(step))
-    yield Batch(*source.rows(first + start, stop - start))
+    runs = share(schedule.batch_size(step))
+    parts = [source.rows(first + run.start, len(run)) for run in runs]
+    yield Batch(*map(np.concatenate, zip(*parts)))
 
 
 def heldout(

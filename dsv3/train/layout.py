@@ -1,7 +1,8 @@
 """Where the state and the batches of a run lie: its mesh, applied."""
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +20,13 @@ BATCH = Batch("BL", "BPL", "BL")  # the dims of a batch's arrays
 class Share(NamedTuple):
   """Rows of a batch that a process reads."""
 
-  start: int
-  stop: int
+  runs: tuple[range, ...]  # in their order, none next to another
   counts: bool  # of those with the same rows one counts what is in them
+
+  def place(self, row: int) -> int:
+    """The place of a row among them."""
+    inside = next(i for i, run in enumerate(self.runs) if row in run)
+    return sum(map(len, self.runs[:inside])) + row - self.runs[inside].start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,36 +66,49 @@ class Layout:
   def share(self, n_rows: int) -> Share:
     """The rows that the devices of this process compute on.
 
-    Where they do not lie side by side, or more rows than those do, it is all.
+    All of them where two processes have some rows in common and others not.
     """
     sharding = self.of_batch().tokens_BL
-    spans, here = {}, jax.process_index()
+    found, here = collections.defaultdict(set), jax.process_index()
     indices = sharding.devices_indices_map((n_rows, self.sizes.context))
     for device, (rows, _) in indices.items():
-      start, stop, _ = rows.indices(n_rows)
-      first, last = spans.get(device.process_index, (start, stop))
-      spans[device.process_index] = min(first, start), max(last, stop)
-    distinct = set(spans.values())
-    if sum(stop - start for start, stop in distinct) != n_rows:
-      return Share(0, n_rows, here == 0)
-    with_these = [p for p, span in spans.items() if span == spans[here]]
-    return Share(*spans[here], here == min(with_these))
+      found[device.process_index].add(range(*rows.indices(n_rows)))
+    runs = {process: _joined(ranges) for process, ranges in found.items()}
+    if sum(len(run) for some in set(runs.values()) for run in some) != n_rows:
+      return Share((range(n_rows),), here == 0)
+    with_these = [p for p, some in runs.items() if some == runs[here]]
+    return Share(runs[here], here == min(with_these))
 
   def put_rows(self, batch: Batch, n_rows: int) -> Batch:
     """The global batch, of the rows that each process has (`share`)."""
     if jax.process_count() == 1:
       return batch
-    first = self.share(n_rows).start
+    share = self.share(n_rows)
 
     def one(x, sharding):
       def part(index):
-        start, stop, _ = index[0].indices(n_rows)
-        return x[(slice(start - first, stop - first), *index[1:])]
+        rows = range(*index[0].indices(n_rows))
+        first = share.place(rows.start)
+        return x[(slice(first, first + len(rows)), *index[1:])]
 
       shape = (n_rows, *x.shape[1:])
       return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(one, batch, self.of_batch())
+
+
+def _joined(ranges: Iterable[range]) -> tuple[range, ...]:
+  """The same numbers in as few ranges as there can be.
+
+  >>> _joined([range(4, 6), range(0, 2), range(2, 4), range(8, 9)])
+  (range(0, 6), range(8, 9))
+  """
+  out = []
+  for one in sorted(ranges, key=lambda r: r.start):
+    if out and one.start == out[-1].stop:
+      one = range(out.pop().start, one.stop)
+    out.append(one)
+  return tuple(out)
 
 
 def batch_like(values: config.Config, size: int) -> Batch:

@@ -268,7 +268,7 @@ class _Trainer:
         self.schedule,
         self.done,
         self.sequences_ahead,
-        self.layout.share,
+        lambda size: self.layout.share(size).runs,
       )
     )
     waiting = None  # step, its metrics and labels, not yet fetched

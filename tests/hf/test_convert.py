@@ -416,6 +416,7 @@ def tensor_named(name, model):
   return next(t for t in names.tensors(model.model) if t.name == name)
 
 
+@pytest.mark.slow  # an import and a run
 def test_a_run_begins_with_the_weights_of_another(folder, tmp_path, capsys):
   first, second = tmp_path / "first", tmp_path / "second"
   words = ["convert", "from-hf", str(folder), f"--out={first}"]

@@ -59,7 +59,16 @@ def full_logits(model, tokens):
   return np.asarray(run(model, jnp.asarray(tokens)[None])[0])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+SLOW = ("no query rank", "unrolled", "dense", "softmax")  # half a minute each
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+    for name in VARIANTS
+  ],
+)
 def test_every_position_equals_the_full_forward_pass(name, monkeypatch):
   """Prefill of 1 to 70 tokens in chunks of 64, then absorbed steps to the end."""
   if "together" in name:

@@ -121,7 +121,8 @@ def test_the_command_writes_and_says_how_to_hand_in(
 
 
 def test_a_run_that_does_not_fit_is_told_with_microbatches_that_do():
-  tree = overlay.load("v3_16b", ["mesh.fsdp=8", "mesh.data=1"])
+  diff = ["mesh.fsdp=8", "mesh.data=1", "train.ema_place=device"]
+  tree = overlay.load("v3_16b", diff)
   values = config.build(tree)
   mesh = launch.mesh_of(values, "slurm", 1, None)
   with pytest.raises(ConfigError, match="microbatches: found 1.*wanted 288"):

@@ -8,16 +8,21 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from concurrent import futures
+from typing import NamedTuple
 
 import jax
+import numpy as np
 import pytest
 
 from dsv3.config import ConfigError
+from dsv3.data import batches
 from dsv3.parallel import presence, processes
-from dsv3.train import layout, loop
+from dsv3.train import feed, layout, loop, schedule
 from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.logs import read_metrics
+from dsv3.train.step import Batch
 from tests import micro
 from tests.train.test_checkpoint import damage
 
@@ -123,8 +128,15 @@ def test_sigterm_to_one_saves_on_all(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_named_and_the_next_start_goes_on(corpus, tmp_path):
-  """Of four; with the bound that `presence.GRACE_SECONDS` states."""
+@pytest.mark.parametrize("victim", [2, 0])
+def test_a_killed_process_is_named_and_the_next_start_goes_on(
+  victim, corpus, tmp_path
+):
+  """Of four; with the bound that `presence.GRACE_SECONDS` states.
+
+  The first is the one through which JAX has them find each other: without it JAX
+  may end the others before they are told, with a word of its own.
+  """
   diff = {**corpus, "mesh.data": 4, "mesh.expert": 2, "train.steps": 100_000}
   diff |= {"schedule.batch_size": 8, "schedule.batch_size_start": 8}
   config = micro.write_config(tmp_path / "c.py", diff)
@@ -135,14 +147,15 @@ def test_a_killed_process_is_named_and_the_next_start_goes_on(corpus, tmp_path):
   while not (workdir / "checkpoints").is_dir() or not saved():
     assert time.monotonic() < deadline
     time.sleep(0.2)
-  started[2].kill()
+  started[victim].kill()
   killed = time.monotonic()
   texts = finish(started)
   # None waits for JAX's own heartbeat, wherever it was when the other went.
   assert time.monotonic() - killed < presence.GRACE_SECONDS + 10
   assert all(process.returncode for process in started)
-  told = f"process 2 ({socket.gethostname()}, pid {started[2].pid})"
-  assert any(told in text for text in texts), texts
+  told = f"process {victim} ({socket.gethostname()}, pid {started[victim].pid})"
+  names = [told] + ["leader task"] * (victim == 0)
+  assert any(name in text for text in texts for name in names), texts
   before = saved()[-1]
   again = start(config, workdir, 4, f"--config.train.steps={before + 2}")
   texts = finish(again)
@@ -371,8 +384,62 @@ print(f"process {jax.process_index()} found {processes.total(7)}")
 
 def test_one_process_reads_all_rows():
   where = layout.of_run(micro.config_of({"mesh.data": 2, "mesh.expert": 2}))
-  assert where.share(4) == (0, 4, True)
+  assert where.share(4) == ((range(4),), True)
   assert jax.process_count() == 1
+
+
+class Device(NamedTuple):
+  id: int
+  process_index: int
+
+
+@pytest.mark.parametrize(
+  "owners, wanted",
+  [
+    ((0, 0, 1, 1), [[range(4)], [range(4, 8)]]),
+    ((0, 1, 1, 0), [[range(2), range(6, 8)], [range(2, 6)]]),  # of a torus
+    ((0, 1, 0, 1), [[range(2), range(4, 6)], [range(2, 4), range(6, 8)]]),
+  ],
+)
+def test_a_process_reads_the_rows_of_its_devices(owners, wanted, monkeypatch):
+  """Wherever they lie on the mesh; its rows are found in what it has read."""
+  indices = {
+    Device(i, owner): (slice(2 * i, 2 * i + 2), slice(None))
+    for i, owner in enumerate(owners)
+  }
+  dealt = types.SimpleNamespace(devices_indices_map=lambda shape: indices)
+  of_batch = lambda self: Batch(dealt, None, None)
+  monkeypatch.setattr(layout.Layout, "of_batch", of_batch)
+  where = layout.of_devices(micro.config_of({"mesh.data": 4}))
+  for process, runs in enumerate(wanted):
+    monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+    found = where.share(8)
+    assert found == (tuple(runs), True)
+    rows = [row for run in runs for row in run]
+    assert [found.place(row) for row in rows] == list(range(len(rows)))
+
+
+def test_rows_with_several_owners_are_counted_once(monkeypatch):
+  everywhere = slice(0, 8), slice(None)
+  indices = {Device(i, i): everywhere for i in range(2)}
+  dealt = types.SimpleNamespace(devices_indices_map=lambda shape: indices)
+  of_batch = lambda self: Batch(dealt, None, None)
+  monkeypatch.setattr(layout.Layout, "of_batch", of_batch)
+  where = layout.of_devices(micro.config_of({"mesh.data": 2}))
+  for process in range(2):
+    monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+    assert where.share(8) == ((range(8),), process == 0)
+
+
+def test_a_step_reads_the_runs_of_rows_that_it_is_told(corpus):
+  values = micro.config_of(corpus)
+  source = batches.Batches(values, 0)
+  plan = schedule.make(values)
+  runs = range(1), range(2, 4)
+  batch = next(feed.training(source, plan, 1, 0, lambda size: runs))
+  whole = source.rows(plan.first_sequence(1), 4)
+  for found, of_all in zip(batch, whole, strict=True):
+    np.testing.assert_array_equal(found, of_all[np.array([0, 2, 3])])
 
 
 @pytest.mark.slow

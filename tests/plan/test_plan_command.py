@@ -208,7 +208,10 @@ def test_every_kind_of_model_has_a_plan(diff):
   json.dumps(plan.as_dict(found))
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+  "devices",
+  [1, pytest.param(2, marks=pytest.mark.slow)],  # a run of its own
+)
 def test_train_says_the_plan_first_and_what_was_measured_after(
   devices, tmp_path, capsys
 ):

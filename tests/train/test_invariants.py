@@ -128,7 +128,14 @@ def compare(diff, term, also=None):
 
 
 @pytest.mark.parametrize("term", ALONE)
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(
+  "cut",
+  [
+    # What four microbatches show too, in a program of its own.
+    pytest.param(cut, marks=[pytest.mark.slow] * (cut == "2 microbatches"))
+    for cut in CUTS
+  ],
+)
 def test_cut_changes_nothing(cut, term):
   compare(CUTS[cut], term)
 
