@@ -175,9 +175,8 @@ def _find_or_alone() -> None:
   try:
     _find()
   except (ConfigError, OSError) as error:
-    if isinstance(
-      error.__cause__, RuntimeError
-    ):  # told, and they do not answer
+    others_are_silent = isinstance(error.__cause__, RuntimeError)
+    if others_are_silent:  # and were told to be there
       raise
     print(f"dsv3: no other hosts of a slice: {error}", file=sys.stderr)
 

@@ -14,43 +14,43 @@ from dsv3.lab.process import environment
 from tests.lab import trial
 
 
-def test_a_job_claims_its_run_and_writes_its_line(tmp_path, monkeypatch):
-  """A real job, whose run ends at once: its text is not there."""
+@pytest.fixture
+def submitted(tmp_path, monkeypatch):
+  """Hands in run 3 of a sweep, whose runs have a diff; folder and exit code."""
   monkeypatch.chdir(tmp_path)
   for name, value in environment(1).items():  # as where dsv3 is installed
     monkeypatch.setenv(name, value)
-  place = trial.write(tmp_path, data__sources=("nowhere/text.txt",))
-  run = trial.load(place).runs[3]
-  words = [str(place), "--runs=runs/q"]
-  (job,) = slurm.submit(
-    [process.of_one(words, run)],
-    tmp_path / "slurm",
-    name="q",
-    at_once=2,
-    parameters={"timeout_min": 5},
-    cluster="local",
-  )
-  assert job.result() == 1
+
+  def submit(**diff):
+    place = trial.write(tmp_path, **diff)
+    (job,) = slurm.submit(
+      [
+        process.of_one([str(place), "--runs=runs/q"], trial.load(place).runs[3])
+      ],
+      tmp_path / "slurm",
+      name="q",
+      at_once=2,
+      parameters={"timeout_min": 5},
+      cluster="local",
+    )
+    return place, job.result()
+
+  return submit
+
+
+def test_a_job_claims_its_run_and_writes_its_line(submitted):
+  """A real job, whose run ends at once: its text is not there."""
+  place, code = submitted(data__sources=("nowhere/text.txt",))
+  assert code == 1
   (line,) = trial.lines(place)
+  run = trial.load(place).runs[3]
   assert (line["name"], line["seed"], line["id"]) == ("b", 1, run.id)
   assert "nowhere/text.txt" in line["error"]
 
 
-def test_a_job_trains_its_run_to_the_end(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  for name, value in environment(1).items():
-    monkeypatch.setenv(name, value)
-  place = trial.write(tmp_path, **trial.trains(tmp_path))
-  words = [str(place), "--runs=runs/q"]
-  (job,) = slurm.submit(
-    [process.of_one(words, trial.load(place).runs[3])],
-    tmp_path / "slurm",
-    name="q",
-    at_once=1,
-    parameters={"timeout_min": 5},
-    cluster="local",
-  )
-  assert job.result() == 0
+def test_a_job_trains_its_run_to_the_end(submitted, tmp_path):
+  place, code = submitted(**trial.trains(tmp_path))
+  assert code == 0
   trial.assert_trained(place, "b", 1)
 
 
