@@ -383,7 +383,12 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     type=types.amount,
     default=30.0,
     metavar="N",
-    help="of compiling for --lower [30]",
+    help="of tracing and compiling for --lower [30]",
+  )
+  command.add_argument(
+    "--print_sharding",
+    action="store_true",
+    help="print where every array lies on --mesh, and stop",
   )
   command.add_argument(
     "--tokens", type=types.amount, metavar="N", help="the budget [train.tokens]"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import sys
@@ -14,6 +15,8 @@ from dsv3.plan.unit import Unit
 
 def plan(arguments: argparse.Namespace) -> int | None:
   """Prints what a config costs on the chips that are named."""
+  if arguments.print_sharding:
+    return _print_sharding(arguments)
   if arguments.lower:
     return _lower(arguments)
   found = answer.of(
@@ -51,19 +54,8 @@ def _lower(arguments: argparse.Namespace) -> int:
   """Compiles the step for devices that are not there; 1 for a surprise."""
   from dsv3.plan import lower
 
-  if not arguments.config:
-    raise ConfigError("--config: missing; for example --config=v3_671b")
+  values = _of_run(arguments)
   lower.prepare(arguments.lower)
-  given = arguments.mesh.split(",") if arguments.mesh else []
-  mesh = ["mesh.data=1"] if given else []
-  mesh += [f"mesh.{size}" for size in given]
-  tree = overlay.load(arguments.config, [*mesh, *arguments.overrides])
-  diff = {}
-  if arguments.microbatches:
-    diff["train.microbatches"] = arguments.microbatches
-  if arguments.seq:
-    diff["data.seq_len"] = arguments.seq
-  values = config.build(overlay.overlay(tree, diff))
   try:
     found = lower.lower(values, arguments.lower, arguments.max_minutes)
   except RunError as error:
@@ -74,6 +66,32 @@ def _lower(arguments: argparse.Namespace) -> int:
   else:
     print(found.text())
   return 1 if found.surprises else 0
+
+
+def _print_sharding(arguments: argparse.Namespace) -> None:
+  """Prints what lies where in a run on devices that need not be there."""
+  from dsv3.train import layout
+
+  values = _of_run(arguments)
+  sizes = [getattr(values.mesh, axis) for axis in config.INNER_FIRST]
+  n_devices = arguments.chips or abs(math.prod(sizes))  # -1 takes one
+  print(layout.describe(values, layout.of_number(values, n_devices)))
+
+
+def _of_run(arguments: argparse.Namespace) -> config.Config:
+  """The config of a run on --mesh, in as many microbatches."""
+  if not arguments.config:
+    raise ConfigError("--config: missing; for example --config=v3_671b")
+  given = arguments.mesh.split(",") if arguments.mesh else []
+  mesh = ["mesh.data=1"] if given else []
+  mesh += [f"mesh.{size}" for size in given]
+  tree = overlay.load(arguments.config, [*mesh, *arguments.overrides])
+  diff = {}
+  if arguments.microbatches:
+    diff["train.microbatches"] = arguments.microbatches
+  if arguments.seq:
+    diff["data.seq_len"] = arguments.seq
+  return config.build(overlay.overlay(tree, diff))
 
 
 def _values(arguments: argparse.Namespace) -> config.Config:

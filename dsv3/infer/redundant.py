@@ -40,7 +40,7 @@ def _give(ffn: moe.Moe, expert_XS: np.ndarray) -> None:
   for name in ("w_gate_up", "w_down"):
     w = getattr(experts, name)
     setattr(experts, name, w.replace(take(w.get_value(), expert_XS)))
-  ffn.experts = ffn.placement.gather(experts)
+  ffn.experts = ffn.placement.gather(experts, jax.numpy.float32)
   tables = [copies.table(row, n_experts) for row in expert_XS]
   width = max(table.shape[1] for table in tables)
   widen = lambda t: np.pad(

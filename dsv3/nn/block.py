@@ -89,7 +89,10 @@ def run(block, x_BLD, segments_BL, remat: str):
 
   Gathered weights are not kept for the backward pass, unless all is.
   """
-  call = lambda block, x, segments: block.placement.gather(block)(x, segments)
+
+  def call(block, x, segments):
+    return block.placement.gather(block, x.dtype)(x, segments)
+
   if remat == "full":
     call = jax.checkpoint(call)
   elif remat == "paper":

@@ -53,7 +53,7 @@ class MtpModule(nnx.Module):
       return jnp.einsum(
         "BLI,ID->BLD",
         pair,
-        self.placement.gather(self.proj)[...].astype(pair.dtype),
+        self.placement.gather(self.proj, pair.dtype)[...].astype(pair.dtype),
         precision="highest" if pair.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
       ).astype(pair.dtype)

@@ -61,8 +61,9 @@ class Transformer(nnx.Module):
   def embedding(self, tokens_BL: jax.Array) -> jax.Array:
     """Emb(.): float32 rows of the table, in the type of activations."""
     with jax.named_scope("embedding"):
-      table_WD = self.placement.gather(self.embed)[...]
-      x_BLD = table_WD[tokens_BL].astype(self.model.dtype)
+      dtype = self.model.dtype
+      table_WD = self.placement.gather(self.embed, dtype)[...]
+      x_BLD = table_WD[tokens_BL].astype(dtype)
       return self.placement.place(x_BLD, "BLD")
 
   def logits(self, hidden_BLD: jax.Array) -> jax.Array:

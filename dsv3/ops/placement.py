@@ -41,7 +41,9 @@ class Placement:
     multiple of where a function is `spread`.
   dealt(x): x with positions, its last dim, in the order of the devices that share
     them: each has early and late ones, so that all have as much past to see.
-  gather(module): a module, its weights as products read them.
+  gather(weights, dtype): a weight, or the weights of a module, as products read
+    them: still float32, and of a Linear (or of the one that is given) no more
+    than the digits of `dtype`, in which it is multiplied.
   spread(function, dims_in, dims_out): `function`, run by every device on its
     own part. It takes Peers and then arrays of these dims, or modules (""). What
     it returns is the same on the devices that share no dim of it.
@@ -50,7 +52,7 @@ class Placement:
   place: Callable[[Any, str], Any]
   parts: Callable[[str], int]
   dealt: Callable[[jax.Array], jax.Array]
-  gather: Callable[[Any], Any]
+  gather: Callable[[Any, Any], Any]
   spread: Callable[[Callable, Sequence[str], Any], Callable]
 
 
@@ -65,6 +67,6 @@ ONE_DEVICE = Placement(
   place=lambda x, dims: x,
   parts=lambda dim: 1,
   dealt=lambda x: x,
-  gather=lambda module: module,
+  gather=lambda weights, dtype: weights,
   spread=lambda function, dims_in, dims_out: functools.partial(function, ALONE),
 )

@@ -46,6 +46,14 @@ def make(sizes: Mesh, devices: Sequence[jax.Device] | None = None):
   )
 
 
+def unbuilt(sizes: Mesh) -> jax.sharding.AbstractMesh:
+  """A mesh of these sizes without devices: enough to say what lies where."""
+  shape = tuple(sizes.along(axis) for axis in ORDER)
+  return jax.sharding.AbstractMesh(
+    shape, ORDER, axis_types=(AxisType.Auto,) * len(ORDER)
+  )
+
+
 def split(shape: Sequence[int], n_slices: int) -> tuple[list[int], list[int]]:
   """Every size as a factor over slices and one within, outer axes first.
 

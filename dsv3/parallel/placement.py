@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -56,8 +57,13 @@ def dims_of(variable: nnx.Variable) -> str:
   return variable.get_metadata().get("dims", "")
 
 
-def _gather(module, *, sizes: Mesh, mesh):
-  """Weights of a module without their cut over `fsdp`, as products read them."""
+def _is_of_linear(variable: nnx.Variable) -> bool:
+  """One that a recipe knows by its role (`nn.layers.Matrix`)."""
+  return "role" in variable.get_metadata()
+
+
+def _gather(weights, dtype, *, sizes: Mesh, mesh):
+  """Weights without their cut over `fsdp`, as products read them."""
 
   def of(variable):
     dims = dims_of(variable)
@@ -66,23 +72,28 @@ def _gather(module, *, sizes: Mesh, mesh):
     value = variable.get_value()
     if isinstance(value, Weight):
       return variable  # what lies beside it is gathered by the compiler
-    return variable.replace(_gathered(value, dims, sizes, mesh))
+    is_cast = _is_of_linear(variable) or variable is weights
+    sent = str(jnp.dtype(dtype if is_cast else value.dtype))
+    return variable.replace(_gathered(value, dims, sent, sizes, mesh))
 
-  return jax.tree.map(of, module, is_leaf=is_variable)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(w, dims, sizes, mesh):
-  """The gradient is scattered where the weight was gathered."""
-  sharding = NamedSharding(mesh, table.computed(dims, w.ndim))
-  return lax.with_sharding_constraint(w, sharding)
+  return jax.tree.map(of, weights, is_leaf=is_variable)
 
 
-def _gathered_forward(w, dims, sizes, mesh):
-  return _gathered(w, dims, sizes, mesh), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gathered(w, dims, sent, sizes, mesh):
+  """w in the digits of `sent`; its gradient, in all digits, is scattered where
+  the weight was gathered."""
+  cut = NamedSharding(mesh, table.stored(dims, w.shape, sizes))
+  whole = NamedSharding(mesh, table.computed(dims, w.ndim))
+  low = lax.with_sharding_constraint(w.astype(sent), cut)
+  return lax.with_sharding_constraint(low, whole).astype(w.dtype)
 
 
-def _gathered_backward(dims, sizes, mesh, _, dw):
+def _gathered_forward(w, dims, sent, sizes, mesh):
+  return _gathered(w, dims, sent, sizes, mesh), None
+
+
+def _gathered_backward(dims, sent, sizes, mesh, _, dw):
   sharding = NamedSharding(mesh, table.stored(dims, dw.shape, sizes))
   return (lax.with_sharding_constraint(dw, sharding),)
 

@@ -245,26 +245,13 @@ def lower(values: config.Config, target: str, minutes: float = 30.0) -> Lowered:
 
   Raises:
     ConfigError: a mesh that cannot be, or a target that nothing here compiles for.
-    RunError: the compiler takes more than `minutes`, and goes on behind the error.
+    RunError: it takes more than `minutes`, and goes on behind the error.
   """
   where = layout.of_devices(values, devices(target))
-  plan = schedule.make(values)
-  begin = time.monotonic()
-  batch = layout.batch_like(values, plan.batch_size(plan.steps - 1))
-  at = lambda x, sharding: jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=sharding
-  )
-  with _kernels_for(target, values):
-    made = program.make(values, where, plan)
-    traced = made.step.trace(
-      jax.tree.map(at, made.like, made.shardings),
-      jax.tree.map(at, batch, where.of_batch()),
-    )
-    lowered = traced.lower()
-  traced_at = time.monotonic()
   with _stderr() as said, _own_names():
-    compiled = _within(minutes, lowered.compile)
-  done = time.monotonic()
+    traced, compiled, *seconds = _within(
+      minutes, lambda: _compile(values, where, target)
+    )
   memory, text = compiled.memory_analysis(), compiled.as_text()
   found = hlo.collectives_of(text)
   return Lowered(
@@ -281,18 +268,38 @@ def lower(values: config.Config, target: str, minutes: float = 30.0) -> Lowered:
       *_gathered(found, values, where.sizes),
       *_upcast(traced.jaxpr.jaxpr, values),
     ],
-    trace_seconds=traced_at - begin,
-    compile_seconds=done - traced_at,
+    trace_seconds=seconds[0],
+    compile_seconds=seconds[1],
   )
 
 
-def _within(minutes: float, compile: Callable[[], Any]) -> Any:
-  """What `compile` returns or raises, or RunError when the time is over."""
+def _compile(values: config.Config, where: layout.Layout, target: str):
+  """The step traced and compiled, and the seconds of each."""
+  plan = schedule.make(values)
+  begin = time.monotonic()
+  batch = layout.batch_like(values, plan.batch_size(plan.steps - 1))
+  at = lambda x, sharding: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=sharding
+  )
+  with _kernels_for(target, values):
+    made = program.make(values, where, plan)
+    traced = made.step.trace(
+      jax.tree.map(at, made.like, made.shardings),
+      jax.tree.map(at, batch, where.of_batch()),
+    )
+    lowered = traced.lower()
+  traced_at = time.monotonic()
+  compiled = lowered.compile()
+  return traced, compiled, traced_at - begin, time.monotonic() - traced_at
+
+
+def _within(minutes: float, work: Callable[[], Any]) -> Any:
+  """What `work` returns or raises, or RunError when the time is over."""
   outcome = []
 
   def run():
     try:
-      outcome.append((compile(), None))
+      outcome.append((work(), None))
     except BaseException as error:  # of the thread that waits
       outcome.append((None, error))
 

@@ -34,7 +34,7 @@ class Layout:
   """A mesh of the devices that there are, and what goes where on it."""
 
   sizes: config.Mesh
-  mesh: jax.sharding.Mesh
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
   placement: Placement = ONE_DEVICE
 
   def of_state(self, like: TrainState) -> TrainState:
@@ -127,6 +127,13 @@ def of_devices(
   sizes.check_run(found, values, n_devices)
   made = mesh.make(found, devices)
   return Layout(found, made, placement.make(found, made))
+
+
+def of_number(values: config.Config, n_devices: int) -> Layout:
+  """The Layout of so many devices of which none is there: to be described."""
+  found = sizes.resolve(values.mesh, n_devices)
+  sizes.check_run(found, values, n_devices)
+  return Layout(found, mesh.unbuilt(found))
 
 
 def of_run(values: config.Config) -> Layout:

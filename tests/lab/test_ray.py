@@ -41,7 +41,7 @@ def test_a_task_trains_its_run_to_the_end(cluster, tmp_path, monkeypatch):
   place = trial.write(tmp_path, **trial.trains(tmp_path))
   words = [str(place), "--runs=runs/q", "--launcher=ray", "--only=b-s1"]
   assert cli.main(["sweep", *words, "--ray=num_cpus=1"]) == 0
-  trial.assert_trained(place, "b", 1)
+  trial.assert_trained(place, ("b", 1))
 
 
 @pytest.mark.slow  # a run to its first checkpoint

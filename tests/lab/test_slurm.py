@@ -48,10 +48,27 @@ def test_a_job_claims_its_run_and_writes_its_line(submitted):
   assert "nowhere/text.txt" in line["error"]
 
 
-def test_a_job_trains_its_run_to_the_end(submitted, tmp_path):
-  place, code = submitted(**trial.trains(tmp_path))
-  assert code == 0
-  trial.assert_trained(place, "b", 1)
+def test_a_sweep_is_handed_in_and_trains(tmp_path, monkeypatch, capsys):
+  """As from the command line; the runs are of one arm, an array of two jobs."""
+  monkeypatch.chdir(tmp_path)
+  for name, value in environment(1).items():
+    monkeypatch.setenv(name, value)
+  place, jobs = trial.write(tmp_path, **trial.trains(tmp_path)), []
+
+  def submit(*args, submit=slurm.submit, **how):
+    jobs.extend(submit(*args, **how, cluster="local"))
+    return jobs
+
+  monkeypatch.setattr(slurm, "submit", submit)
+  words = ["sweep", str(place), "--launcher=slurm", "--only=b"]
+  assert cli.main([*words, "--slurm=timeout_min=5"]) == 0
+  said = capsys.readouterr().out
+  assert "2 jobs, 2 at once" in said and f"{jobs[0].job_id}  b-s0" in said
+  assert [job.result() for job in jobs] == [0, 0]
+  trial.assert_trained(place, ("b", 0), ("b", 1))
+  capsys.readouterr()
+  assert cli.main(words) == 0
+  assert "nothing is left to run" in capsys.readouterr().out
 
 
 def test_a_job_that_is_cut_is_asked_for_again():

@@ -85,8 +85,26 @@ def test_what_is_no_trace_of_the_text_is_said(model, tmp_path):
     routing.record(dense, TOKENS)
 
 
-@pytest.mark.slow
 def test_routing_of_a_run_by_domain(tmp_path, capsys):
+  few = {"train.steps": 2, "train.checkpoint_every": 2, "model.mtp.depth": 0}
+  run = tmp_path / "run"
+  loop.train(micro.config_of({**micro.write_corpus(tmp_path), **few}), run)
+  (tmp_path / "a.txt").write_text("import numpy as np\n" * 20)
+  (tmp_path / "b.txt").write_text("7 8 9 " * 60)
+  domains = [f"code={tmp_path}/a.txt", f"numbers={tmp_path}/b.txt"]
+  words = ["routing", f"--workdir={run}", "--rows=2", "--domains", *domains]
+  capsys.readouterr()
+  assert cli.main(words) == 0
+  said = capsys.readouterr().out
+  assert "layer 0: MaxVio" in said and "  numbers: most to experts" in said
+  trace = routing.load(run / "routing" / "step_2.npz")
+  assert trace.experts_XBLK.shape[1] == 4  # two rows of each
+  picture = run / "routing" / "step_2.png"
+  assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_routing_of_an_earlier_step_under_later_weights(tmp_path, capsys):
   run = tmp_path / "run"
   loop.train(micro.config_of(micro.write_corpus(tmp_path)), run)
   capsys.readouterr()

@@ -41,13 +41,15 @@ def trains(folder: pathlib.Path) -> dict[str, object]:
   return {key.replace(".", "__"): value for key, value in found.items()}
 
 
-def assert_trained(place: pathlib.Path, name: str, seed: int) -> None:
-  """The only result is that of a run of `trains` which ended as it should."""
-  (line,) = lines(place)
-  assert (line["name"], line["seed"], line["error"]) == (name, seed, None)
-  assert line["steps"] == 2 and len(line["curve"]["loss/main"]) == 2
-  assert math.isfinite(line["final"]["loss"]) and line["final"]["loss"] > 0
-  assert all(map(math.isfinite, line["curve"]["loss/main"]))
+def assert_trained(place: pathlib.Path, *wanted: tuple[str, int]) -> None:
+  """The results are those of such runs of `trains`, which ended as they should."""
+  found = lines(place)
+  assert sorted((x["name"], x["seed"]) for x in found) == sorted(wanted)
+  for line in found:
+    assert line["error"] is None
+    assert line["steps"] == 2 and len(line["curve"]["loss/main"]) == 2
+    assert math.isfinite(line["final"]["loss"]) and line["final"]["loss"] > 0
+    assert all(map(math.isfinite, line["curve"]["loss/main"]))
 
 
 def command(behaviour: str):

@@ -12,13 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from dsv3.nn import precision
 from dsv3.ops import losses
+from dsv3.parallel import placement
 from dsv3.train import layout, step
 from dsv3.train.schedule import Hyper
 from tests import micro
 from tests.nn import weights
+from tests.parallel.test_exchange import ragged_all_to_all
 from tests.train.test_invariants import ALONE, assert_equal_gradients
 
 BASE = {
@@ -164,3 +167,27 @@ def same(line, term) -> None:
 def test_mesh_changes_nothing(line):
   for term in ALONE:  # of one program, which takes long to compile
     same(line, term)
+
+
+RAGGED = [  # what GPUs and TPUs send by; here by an emulation of the operation
+  {"data": 2, "expert": 4, "expert_rows": 1.0, **PAPER},
+  {"fsdp": 2, "expert": 4, "expert_nodes": 2, "expert_rows": 0.5, **TWO},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", RAGGED, ids=named)
+def test_mesh_with_ragged_exchange_changes_nothing(line, monkeypatch):
+  calls = []
+
+  def emulated(*args, **how):
+    calls.append(how)
+    return ragged_all_to_all(*args, **how)
+
+  monkeypatch.setattr(lax, "ragged_all_to_all", emulated)
+  monkeypatch.setattr(placement, "kernel_of", lambda platform: "ragged")
+  compiled.cache_clear()  # of the same mesh with the other kernel
+  outcome.cache_clear()
+  for term in ALONE:
+    same(line, term)
+  assert calls

@@ -1,8 +1,9 @@
-"""Two processes on loopback are one run, and one process can go on with it."""
+"""Processes on loopback are one run, and others can go on with it."""
 
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -48,10 +49,17 @@ def free_port() -> int:
     return listener.getsockname()[1]
 
 
-def start(config, workdir, n: int, *words, of_second: str | None = None):
-  """`n` processes of a run, with two devices each."""
+def start(
+  config,
+  workdir,
+  n: int,
+  *words,
+  of_second: str | None = None,
+  devices: int = 2,
+):
+  """`n` processes of a run, with so many devices each."""
   flags = re.sub(r"--xla_force_host\S*", "", os.environ["XLA_FLAGS"])
-  flags += " --xla_force_host_platform_device_count=2"
+  flags += f" --xla_force_host_platform_device_count={devices}"
   port = free_port()
   command = [
     *(sys.executable, "-m", "dsv3", "train", "--no_sample"),
@@ -90,19 +98,37 @@ def lines(workdir):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run_that_one_goes_on_with(corpus, tmp_path):
-  config = micro.write_config(
-    tmp_path / "c.py", {**corpus, **MESH, "train.steps": 4}
-  )
-  started = start(config, tmp_path / "two", 2)
+def test_two_processes_are_one_run_that_others_go_on_with(corpus, tmp_path):
+  """Eight devices of two processes; then four in another mixture, two, one."""
+  corpus = {
+    **corpus,
+    "schedule.batch_size": 8,
+    "schedule.batch_size_start": 8,
+  }
+  eight = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2, "train.steps": 3}
+  config = micro.write_config(tmp_path / "c.py", {**corpus, **eight})
+  started = start(config, tmp_path / "8", 2, devices=4)
   texts = finish(started)
   assert [process.returncode for process in started] == [0, 0], texts
-  assert "4 of 4 steps done" in texts[0] and "steps done" not in texts[1]
-  more = micro.config_of({**corpus, "mesh.data": 1, "train.steps": 6})
-  assert loop.train(more, tmp_path / "two").step == 6
-  loop.train(more, tmp_path / "one")
-  found, wanted = lines(tmp_path / "two"), lines(tmp_path / "one")
-  assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+  assert "3 of 3 steps done" in texts[0] and "steps done" not in texts[1]
+  on_one = {"mesh.data": 1, "train.steps": 6}
+  loop.train(micro.config_of({**corpus, **on_one}), tmp_path / "all of one")
+  wanted = lines(tmp_path / "all of one")
+  others = {
+    "4": {"mesh.fsdp": 2, "mesh.tensor": 2},
+    "2": {"mesh.data": 1, "mesh.context": 2},
+    "1": {},
+  }
+  for name, mesh in others.items():
+    workdir = shutil.copytree(tmp_path / "8", tmp_path / name)
+    more = micro.config_of({**corpus, **on_one, **mesh})
+    assert loop.train(more, workdir).step == 6
+    assert_same_lines(lines(workdir), wanted)
+
+
+def assert_same_lines(found, wanted) -> None:
+  """Of as many steps; losses within RELATIVE, loads to the bit."""
+  assert [line["step"] for line in found] == [x["step"] for x in wanted]
   for one, other in zip(found, wanted, strict=True):
     for name in ("loss", "bits_per_byte", "grad_norm"):
       assert one[name] == pytest.approx(other[name], rel=RELATIVE), name

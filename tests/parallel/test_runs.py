@@ -4,10 +4,12 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv3 import cli
+from dsv3.nn.transformer import make_model
 from dsv3.train import layout, loop, optimizer, run, schedule, state, step
 from dsv3.train.logs import read_metrics
 from tests import micro
@@ -140,6 +142,36 @@ def test_moments_are_over_the_replicas_and_weights_are_not():
   assert of(start.ema) == pytest.approx(whole / 4, rel=0.02)
 
 
+def test_a_weight_is_sent_in_the_digits_that_multiply_it():
+  """A Linear's in bfloat16, a router's in float32; gradients in all digits."""
+  values = micro.config_of({"mesh.fsdp": 2, "model.dtype": "bfloat16"})
+  where = layout.of_run(values)
+  gather = where.placement.gather
+  model = make_model(values.model, jax.random.key(0), where.placement)
+  layer = jax.tree.map(lambda a: a[0], model.moe.ffn)
+  sent = jax.jit(lambda layer: gather(layer, jnp.bfloat16))(layer)
+  rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+  for of in (lambda f: f.experts.w_down, lambda f: f.shared.w_gate_up):
+    found, w = of(sent)[...], of(layer)[...]
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, rounded(w))
+    assert np.any(found != w)
+  centroid = layer.router.centroid[...]
+  np.testing.assert_array_equal(sent.router.centroid[...], centroid)
+  for one in (model.embed, layer.shared.w_down):
+    factor = jax.random.normal(jax.random.key(1), one[...].shape)
+    assert np.any(rounded(factor) != factor)
+
+    def loss(w, one=one, factor=factor):
+      return jnp.sum(gather(one.replace(w), jnp.bfloat16)[...] * factor)
+
+    program = jax.jit(jax.value_and_grad(loss))
+    total, gradient = program(one[...])
+    np.testing.assert_array_equal(gradient, factor)
+    wanted = jnp.sum(rounded(one[...]) * factor)
+    assert float(total) == pytest.approx(float(wanted), rel=1e-5)
+
+
 def test_print_sharding_shows_every_array(tmp_path, capsys):
   file = micro.write_config(tmp_path / "c.py", {})
   words = f"train --config={file} --print_sharding --config.mesh.expert=2"
@@ -153,3 +185,32 @@ def test_print_sharding_shows_every_array(tmp_path, capsys):
   assert spec == "-,expert,-,fsdp"
   assert n_bytes == f"{2 * 4 * 16 * 32 * 4 // 4:,}"
   assert out.splitlines()[-1].endswith("bytes on each of 4: fsdp=2,expert=2")
+
+
+def test_the_planner_shows_the_arrays_of_devices_that_are_not_there(
+  tmp_path, capsys
+):
+  """As the run does where they are."""
+  file = micro.write_config(tmp_path / "c.py", {})
+  axes = "expert=2,fsdp=2"
+  words = f"plan --config={file} --print_sharding --mesh={axes}"
+  assert cli.main(words.split()) == 0
+  planned = capsys.readouterr().out
+  over = [f"--config.mesh.{axis}" for axis in axes.split(",")]
+  words = f"train --config={file} --print_sharding --config.mesh.data=1"
+  assert cli.main([*words.split(), *over]) == 0
+  assert capsys.readouterr().out == planned
+
+  words = "plan --config=v3_671b --print_sharding"
+  on_pod = "--mesh=fsdp=4,expert=64,expert_nodes=8"
+  assert cli.main([*words.split(), on_pod]) == 0
+  rows = capsys.readouterr().out.splitlines()
+  row = next(r for r in rows if r.startswith("params/moe/ffn/experts/w_down"))
+  shape, _, spec, n_bytes = re.split(r"\s{2,}", row)[1:]
+  assert (shape, spec) == ("58x256x2048x7168", "-,node+expert,-,fsdp")
+  assert n_bytes == f"{58 * 256 * 2048 * 7168 * 4 // 256:,}"
+  assert rows[-1].startswith("38,524,380,176 bytes on each of 256")
+
+  words += " --mesh=data=-1,expert=64 --chips=100"
+  assert cli.main(words.split()) == 2
+  assert "no divisor of 100" in capsys.readouterr().err

@@ -286,6 +286,14 @@ def test_the_compiler_is_not_waited_for_longer_than_was_said():
     lower._within(1, {}.popitem)
 
 
+def test_nor_is_the_tracer(monkeypatch):
+  monkeypatch.setattr(lower.program, "make", lambda *_: time.sleep(5))
+  begin = time.monotonic()
+  with pytest.raises(RunError, match=r"0.001 minutes \(--max_minutes\)"):
+    lower.lower(micro.config_of({}), "cpu:1", minutes=0.001)
+  assert time.monotonic() - begin < 3
+
+
 def test_an_all_gather_of_all_experts_is_a_surprise():
   values = micro.config_of({"mesh.expert": 2})
   m = values.model

@@ -2,12 +2,20 @@
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from dsv3 import config, overlay
+from dsv3.config import Mesh
+from dsv3.nn.transformer import make_model, split
+from dsv3.parallel import table
+from dsv3.parallel.placement import dims_of, is_variable
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # Micro's sizes are too small for the TPU's compiler: libtpu 0.0.42 ends with an
@@ -39,6 +47,21 @@ def lowered(target: str) -> dict:
   return json.loads(run.stdout)
 
 
+def bytes_in_float32(**mesh) -> int:
+  """Of the weights of a MoE layer that are stored over `fsdp`."""
+  model = config.build(overlay.overlay(overlay.load("tiny"), SIZES)).model
+  make = lambda: split(make_model(model, jax.random.key(0)))[1]
+  total = 0
+  stack = jax.eval_shape(make)["moe"]
+  for w in jax.tree.leaves(stack, is_leaf=is_variable):
+    dims, shape = dims_of(w), w.get_value().shape
+    if "fsdp" in str(table.stored(dims, shape, Mesh(**mesh))):
+      total += (
+        4 * math.prod(shape[1:]) // (mesh["expert"] if "E" in dims else 1)
+      )
+  return total
+
+
 def check(found: dict) -> None:
   """It holds something, sends rows and weights in its layers, and no more."""
   assert found["surprises"] == []
@@ -65,7 +88,11 @@ def check(found: dict) -> None:
 def test_a_step_compiles_for_eight_h200s():
   found = lowered("h200:1x8")
   check(found)
-  assert found["shared"]["all"] > 0
+  shared = found["shared"]
+  assert 0 < shared["inside"] <= shared["all"]
+  sent = {(r["place"], r["kind"]): r for r in found["sent"]}
+  gathered = sent["MoE layer, forward", "all-gather"]["bytes_each"]
+  assert gathered < 0.55 * bytes_in_float32(fsdp=2, expert=4)
 
 
 @pytest.mark.tpu
