@@ -16,6 +16,8 @@ from flax import nnx
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.nn import precision
 from dsv3.ops import balance
+from dsv3.parallel import processes
+from dsv3.train.feed import Heldout
 from dsv3.train.step import add_up
 
 
@@ -50,26 +52,27 @@ def score(
   graphdef: nnx.GraphDef,
   params: nnx.State,
   router: nnx.State,
-  batches: Iterable,
+  batches: Iterable[Heldout],
   tokens: Tokenizer,
   memory: precision.Memory | None = None,
   microbatches: int = 1,
 ) -> Score:
-  """The model's Score on `batches` (of `dsv3.train.step.Batch`).
+  """The model's Score on `batches`; of several processes all ask for it.
 
   `memory` is what its recipe remembers: earlier amaxes, Linears kept high. A batch
   goes through in `microbatches`, as in training: what bounds memory.
   """
   static = {"graphdef": graphdef, "microbatches": microbatches}
   nats, n_labels, n_bytes, loads = 0.0, 0, 0, []
-  for batch in batches:
+  for batch, labels_BPL in batches:
     sums = _sums(params, router, memory, batch, **static)
-    labels_BL = np.asarray(batch.labels_BPL)[:, 0]
+    labels_BL = labels_BPL[:, 0]
     n_bytes += tokens.token_bytes(labels_BL[labels_BL >= 0])
     batch_nats, batch_labels, load_XE = jax.device_get(sums)
     nats += float(batch_nats)
     n_labels += int(batch_labels)
     loads.append(load_XE.astype(np.int64))
+  n_bytes = processes.total(n_bytes)
   return Score(
     bits_per_byte=nats / math.log(2) / max(n_bytes, 1),
     loss=nats / max(n_labels, 1),

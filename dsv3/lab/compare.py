@@ -95,7 +95,11 @@ def compare(
   _check_metric(metric, all_done)
   baseline = _baseline(asked, done, baseline)
   make = functools.partial(
-    _row, metric=metric, base=done[baseline], match=match
+    _row,
+    metric=metric,
+    lower=lower_is_better(metric, asked.higher),
+    base=done[baseline],
+    match=match,
   )
   rows = [
     make(name, done[name], failed=len(found) - len(done[name]))
@@ -121,8 +125,9 @@ def value(line: Line, metric: str) -> float | None:
   return float(found) if is_number and math.isfinite(found) else None
 
 
-def lower_is_better(metric: str) -> bool:
-  return not any(word in metric for word in _HIGHER)
+def lower_is_better(metric: str, higher: Sequence[str] = ()) -> bool:
+  """Of most metrics; not of `higher`, which an experiment names."""
+  return metric not in higher and not any(word in metric for word in _HIGHER)
 
 
 def _check_metric(metric: str, lines: Sequence[Line]) -> None:
@@ -165,6 +170,7 @@ def _row(
   *,
   failed: int,
   metric: str,
+  lower: bool,
   base: Mapping[int, Line],
   match: str | None,
 ) -> Row:
@@ -183,7 +189,7 @@ def _row(
   elif match and abs(cost[match] - 1) > TOLERANCE:
     verdict = f"not matched: {cost[match]:.3g} x {match}"
   else:
-    verdict = bootstrap.verdict(found, lower_is_better=lower_is_better(metric))
+    verdict = bootstrap.verdict(found, lower_is_better=lower)
   in_nats = "loss" in metric
   needed = bootstrap.seeds_needed(listed, EFFECT) if in_nats else None
   return Row(name, values, failed, differences, found, needed, cost, verdict)

@@ -3,9 +3,10 @@
 README.md        question, what the paper reports, method, table, verdict
 sweep.py         BASE, a config, and `runs()`, names and diffs of it; as it
                  likes BASELINE (an arm; the first), METRICS (those of `compare`;
-                 loss) and SEEDS (three); measure(workdir), more numbers of a run
-                 that has ended; and answer(lines, folder), notes on the table
-                 from the lines of each arm, and pictures of its own
+                 loss), HIGHER (metrics of its own of which more is better) and
+                 SEEDS (three); measure(workdir), more numbers of a run that has
+                 ended; and answer(lines, folder), notes on the table from the
+                 lines of each arm, and pictures of its own
 results.jsonl    a line a run, see `dsv3.lab.results`
 
 A run is known by what it computes: the seed, and where its config departs from
@@ -63,6 +64,7 @@ class Experiment:
   baseline: str  # the arm that the others are compared with
   metrics: tuple[str, ...]  # that they are compared in
   answer: Callable | None = None
+  higher: tuple[str, ...] = ()  # metrics of which more is better
 
   @property
   def name(self) -> str:
@@ -115,7 +117,8 @@ def load(
     raise ConfigError(f"{path}: BASELINE: found {baseline!r}, wanted an arm")
   metrics = tuple(getattr(module, "METRICS", ["loss"]))
   answer = getattr(module, "answer", None)
-  return Experiment(folder, base, runs, baseline, metrics, answer)
+  higher = tuple(getattr(module, "HIGHER", ()))
+  return Experiment(folder, base, runs, baseline, metrics, answer, higher)
 
 
 def _listed(found: Any, seeds: Sequence[int]) -> sweep.Sweep:

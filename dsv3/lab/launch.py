@@ -163,8 +163,6 @@ def mesh_of(
       f"{nodes} x {devices}"
     )
   sizes.check_run(mesh, values, nodes * devices)
-  if nodes > 1 or engine == "slurm" and devices > 1:  # there a process a device
-    sizes.check_processes(values)
   return mesh
 
 

@@ -133,11 +133,3 @@ def _check_precision(mesh: Mesh, precision: config.Precision) -> None:
       f"config.model.precision.report_every: found {precision.report_every} "
       f"with config.mesh = {mesh}, wanted 0: reports are of one device"
     )
-
-
-def check_processes(values: config.Config) -> None:
-  """Raises ConfigError for what several processes cannot do."""
-  if values.train.ema_decay and values.train.ema_place == "host":
-    raise ConfigError(
-      "config.train.ema_place: found host with several processes, wanted device"
-    )

@@ -139,20 +139,13 @@ def of_number(values: config.Config, n_devices: int) -> Layout:
 def of_run(values: config.Config) -> Layout:
   """The Layout of a run; ConfigError, with the field, where none can be."""
   found = of_devices(values)
-  if jax.process_count() > 1:
-    _check_processes(found.sizes, values, jax.device_count())
-  return found
-
-
-def _check_processes(
-  found: config.Mesh, values: config.Config, devices: int
-) -> None:
-  if found.size != devices:
+  taken, devices = found.sizes.size, jax.device_count()
+  if jax.process_count() > 1 and taken != devices:
     raise config.ConfigError(
-      f"config.mesh: found {found} of {found.size} devices, wanted all "
+      f"config.mesh: found {found.sizes} of {taken} devices, wanted all "
       f"{devices} of the {jax.process_count()} processes"
     )
-  sizes.check_processes(values)
+  return found
 
 
 def describe(values: config.Config, where: Layout) -> str:

@@ -156,11 +156,9 @@ class _Trainer:
     train_values, like = self.values.train, self.program.like
     on_host = train_values.ema_decay > 0 and train_values.ema_place == "host"
     trees = trees_of(like, like.params if on_host else None)
-    wanted = abstract(
-      trees,
-      on_host=("ema",) if on_host else (),
-      shardings=trees_of(self.program.shardings),
-    )
+    shardings = self.program.shardings
+    shardings = trees_of(shardings, shardings.params if on_host else None)
+    wanted = abstract(trees, shardings)
     found = self.checkpoints.restore_newest(wanted, print, set_aside=True)
     self.done, self.sequences_ahead = 0, 0
     if found is None:
@@ -432,7 +430,7 @@ class _Trainer:
       self.program.graphdef,
       self.state.params,
       self.state.router,
-      feed.heldout(self.heldout, size, n_batches),
+      feed.heldout(self.heldout, size, n_batches, self.layout),
       self.tokenizer,
       self.state.precision,
       self.values.train.microbatches,

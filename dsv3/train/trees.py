@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from dsv3.train.state import TrainState
 
@@ -47,23 +46,15 @@ def state_of(trees: Mapping[str, Any], like: TrainState) -> TrainState:
   )
 
 
-def abstract(
-  trees: Trees,
-  *,
-  on_host: tuple[str, ...] = (),
-  shardings: Mapping[str, Any] | None = None,
-) -> Trees:
+def abstract(trees: Trees, shardings: Mapping[str, Any] | None = None) -> Trees:
   """What `restore` needs to give arrays of these shapes: where each is to lie.
 
   That is as `shardings` say, whatever mesh a checkpoint was saved on, or on the
-  first device. The items `on_host` come back as NumPy arrays.
+  first device.
   """
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
   def of_item(item, tree):
-    if item in on_host:  # a view of one element: it takes no memory
-      view = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape)
-      return jax.tree.map(view, tree)
     where = jax.tree.map(lambda _: device, tree)
     where = where if shardings is None else shardings[item]
     leaf = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)

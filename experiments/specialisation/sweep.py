@@ -11,6 +11,7 @@ from dsv3.lab.sweep import arms
 BASE = "../balance/base"
 BASELINE = "sequence"
 METRICS = ["distance", "loss"]
+HIGHER = ["distance"]
 
 ROWS = 48  # of every domain
 DOMAINS = {  # of Python's library, held out or not: which experts, not how well

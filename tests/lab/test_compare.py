@@ -80,6 +80,16 @@ def test_an_arm_that_costs_more_gets_no_verdict_under_match(place, match, key):
   assert table.unequal(compare.compare(asked)) == [match]
 
 
+def test_an_experiment_says_of_what_more_is_better(place):
+  trial.record(place, {"a": [2.0, 3.0, 4.0], "b": [1.9, 2.88, 3.91]})
+  row = compare.compare(trial.load(place)).rows[1]
+  sweep = place / "sweep.py"
+  sweep.write_text(sweep.read_text() + "\nHIGHER = ['loss']\n")
+  other = compare.compare(trial.load(place)).rows[1]
+  assert (row.verdict, other.verdict) == ("better", "worse")
+  assert row.values == other.values
+
+
 def test_any_number_of_a_line_is_a_metric(place):
   trial.record(place, LOSSES)
   asked = trial.load(place)

@@ -19,10 +19,12 @@ import pytest
 
 from dsv3.config import ConfigError
 from dsv3.data import batches
+from dsv3.nn.transformer import split
 from dsv3.parallel import presence, processes
 from dsv3.train import feed, layout, loop, schedule
 from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.logs import read_metrics
+from dsv3.train.restore import restore
 from dsv3.train.step import Batch
 from tests import micro
 from tests.train.test_checkpoint import damage
@@ -104,6 +106,10 @@ def test_two_processes_are_one_run_that_others_go_on_with(corpus, tmp_path):
     **corpus,
     "schedule.batch_size": 8,
     "schedule.batch_size_start": 8,
+    "train.ema_decay": 0.9,
+    "train.ema_place": "host",  # of each process what it has
+    "train.eval_every": 3,
+    "train.eval_batches": 2,
   }
   eight = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2, "train.steps": 3}
   config = micro.write_config(tmp_path / "c.py", {**corpus, **eight})
@@ -114,6 +120,9 @@ def test_two_processes_are_one_run_that_others_go_on_with(corpus, tmp_path):
   on_one = {"mesh.data": 1, "train.steps": 6}
   loop.train(micro.config_of({**corpus, **on_one}), tmp_path / "all of one")
   wanted = lines(tmp_path / "all of one")
+  average = average_of(tmp_path / "all of one")
+  scores = scores_of(tmp_path / "all of one")
+  assert scores[0]["heldout/bytes"] > 0
   others = {
     "4": {"mesh.fsdp": 2, "mesh.tensor": 2},
     "2": {"mesh.data": 1, "mesh.context": 2},
@@ -124,6 +133,23 @@ def test_two_processes_are_one_run_that_others_go_on_with(corpus, tmp_path):
     more = micro.config_of({**corpus, **on_one, **mesh})
     assert loop.train(more, workdir).step == 6
     assert_same_lines(lines(workdir), wanted)
+    for one, other in zip(scores_of(workdir), scores, strict=True):
+      assert one == pytest.approx(other, rel=RELATIVE)
+    for one, other in zip(average_of(workdir), average, strict=True):
+      np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def scores_of(workdir) -> list[dict]:
+  """Of held-out text after steps 3 and 6; the first are of who ran first."""
+  found = [x for x in read_metrics(workdir) if "heldout/loss" in x]
+  assert [x["step"] for x in found] == [3, 6]
+  return found
+
+
+def average_of(workdir) -> list[np.ndarray]:
+  """The moving average of the parameters, of the newest checkpoint."""
+  params = split(restore(workdir, ema=True).model)[1]
+  return list(map(np.asarray, jax.tree.leaves(params)))
 
 
 def assert_same_lines(found, wanted) -> None:

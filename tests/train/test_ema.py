@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dsv3.train.ema import HostEma
 from dsv3.train.step import update_ema
@@ -21,6 +23,22 @@ def test_host_average_equals_the_device_average():
   found = host.wait()
   for name in ("a", "b"):
     np.testing.assert_allclose(found[name], device[name], rtol=1e-6)
+
+
+def test_host_average_of_parameters_on_several_devices():
+  """Cut, cut and replicated, and replicated ones come back as they lie."""
+  mesh = jax.make_mesh((2, 2), ("a", "b"))
+  rng = np.random.default_rng(0)
+  for spec in (P("a", "b"), P(None, "b"), P()):
+    put = lambda x, spec=spec: jax.device_put(x, NamedSharding(mesh, spec))
+    first, second = rng.normal(size=(2, 4, 6)).astype(np.float32)
+    host = HostEma({"w": put(first)}, 0.75)
+    host.update({"w": put(second)})
+    found = host.wait()["w"]
+    np.testing.assert_allclose(found, first + 0.25 * (second - first), 1e-6)
+    assert isinstance(found, np.ndarray) == (spec == P())
+    if spec != P():
+      assert found.sharding.is_equivalent_to(put(first).sharding, 2)
 
 
 def test_host_average_is_no_view_of_the_parameters():
