@@ -58,7 +58,7 @@ class Timed:
     create = jax.jit(lambda: made.create()[1], out_shardings=made.shardings)
     self.state = create()
     batch = random_batch(values, n_rows)
-    self.batch = self.where.put(batch, self.where.of_batch())
+    self.batch = jax.device_put(batch, self.where.of_batch())
     self.tokens, self.model = n_rows * values.data.seq_len, values.model
     start = time.perf_counter()
     self.step = made.step.lower(self.state, self.batch).compile()

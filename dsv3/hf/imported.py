@@ -111,18 +111,24 @@ def parameters(
   model: config.Model,
   *,
   as_stored: bool = False,
-  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+  shardings: Mapping[str, Any] | None = None,
 ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
   """Structure, parameters and router biases of an imported run.
 
   Parameters are float32, or with `as_stored` in the type of the import, where
-  FP8 blocks are expanded to bfloat16. Raises ConfigError if `model` has other
+  FP8 blocks are expanded to bfloat16. `shardings` are trees of "params" and
+  "router"; None: all on one device. Raises ConfigError if `model` has other
   ones.
   """
   source = read.open_source(folder_of(workdir))
   check_fits(model, source.values.model, str(workdir))
   dtype = _stored_type(source) if as_stored else "float32"
-  _, *trees = read.parameters(source, dtype=dtype, shardings=shardings)
+  named = {
+    read.path_text(path): sharding
+    for tree in (shardings or {}).values()
+    for path, sharding in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  _, *trees = read.parameters(source, dtype=dtype, shardings=named)
   graphdef, *_ = _abstract(model)
   return graphdef, *trees
 

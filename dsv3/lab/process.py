@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from dsv3.config import ConfigError
@@ -173,6 +173,15 @@ class Process:
 def _stopped_by(code: int) -> bool:
   """Whether an exit code is that of a run which was asked to stop."""
   return any(code in (-signum, 128 + signum) for signum in _STOPS)
+
+
+def on_node(asked: Mapping[str, str]) -> dict[str, str]:
+  """The environment of a run on the node that it has been given.
+
+  What the node has set stays: which GPUs are the run's, whose job it is. All else
+  is as where the run was `asked` for, with the same dsv3.
+  """
+  return {**asked, **os.environ, "PYTHONPATH": asked["PYTHONPATH"]}
 
 
 def environment(share: int) -> dict[str, str]:

@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dsv3.config import ConfigError
-from dsv3.lab import results
+from dsv3.lab import process, results
 from dsv3.lab.board import Board
 from dsv3.lab.experiment import Experiment, Run
 from dsv3.lab.local import Launcher
-from dsv3.lab.process import environment, folder_of
 
 _POLL_SECONDS = 0.5
 
@@ -38,13 +37,14 @@ def on_node(
   """
   if os.path.exists(stop):
     return 128 + signal.SIGTERM
-  process = subprocess.Popen(command, env=dict(environment), cwd=folder)
-  while process.poll() is None:
+  here = process.on_node(environment)
+  started = subprocess.Popen(command, env=here, cwd=folder)
+  while started.poll() is None:
     time.sleep(_POLL_SECONDS)
     if os.path.exists(stop):
-      process.send_signal(signal.SIGTERM)
+      started.send_signal(signal.SIGTERM)
       break
-  return process.wait()
+  return started.wait()
 
 
 class Task:
@@ -121,9 +121,9 @@ class Ray(Launcher):
     stops.mkdir(parents=True, exist_ok=True)
     stop = str(stops / uuid.uuid4().hex)
     reference = self._remote.remote(
-      self._command(run), environment(1), str(here), stop
+      self._command(run), process.environment(1), str(here), stop
     )
-    workdir = folder_of(run, self.folder)
+    workdir = process.folder_of(run, self.folder)
     return Task(self._ray, reference, self.sweep, run, workdir, stop)
 
 

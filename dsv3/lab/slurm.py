@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsv3.config import ConfigError
-from dsv3.lab.process import environment
+from dsv3.lab.process import environment, on_node
 
 
 class Job:
@@ -22,7 +22,9 @@ class Job:
 
   def __call__(self) -> int:
     """Exit code: a run that failed is in the results and no failed job."""
-    return subprocess.run(self.command, env=self.environment).returncode
+    return subprocess.run(
+      self.command, env=on_node(self.environment)
+    ).returncode
 
   def checkpoint(self, *args, **kwargs):
     """What submitit queues in place of a job that was cut."""

@@ -197,7 +197,11 @@ def total(number: int) -> int:
   """The sum of the numbers that the processes give; all call it."""
   if jax.process_count() == 1:
     return number
-  return int(multihost_utils.process_allgather(np.int64(number)).sum())
+  parts = np.array(divmod(number, 1 << 24), np.int32)  # JAX has no int64 here
+  high, low = np.asarray(multihost_utils.process_allgather(parts)).sum(
+    0, dtype=np.int64
+  )
+  return (int(high) << 24) + int(low)
 
 
 def wait_for_all(what: str) -> None:

@@ -59,10 +59,6 @@ class Layout:
     """A sharding for every array of a batch: rows dealt, positions cut."""
     return Batch(*(shardings.computed(dims, self.mesh) for dims in BATCH))
 
-  def put(self, tree: Any, where: Any) -> Any:
-    """Arrays where these shardings say."""
-    return jax.device_put(tree, where)
-
   def share(self, n_rows: int) -> Share:
     """The rows that the devices of this process compute on.
 

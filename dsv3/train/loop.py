@@ -186,15 +186,17 @@ class _Trainer:
         f"config.train.start_from: found {other}, wanted none: "
         f"{self.workdir} has imported weights"
       )
+    where = self.program.shardings
+    place = {"params": where.params, "router": where.router}
     if imported.is_there(self.workdir):
-      _, *weights = imported.parameters(self.workdir, model)
+      _, *weights = imported.parameters(self.workdir, model, shardings=place)
     elif other:
-      weights = start_from(other, model)
+      weights = start_from(other, model, place)
     else:
       create = lambda: self.program.create()[1]
-      return jax.jit(create, out_shardings=self.program.shardings)()
-    whole = state.of_weights(self.values, self.program.adam, *weights)
-    return self.layout.put(whole, self.program.shardings)
+      return jax.jit(create, out_shardings=where)()
+    make = functools.partial(state.of_weights, self.values, self.program.adam)
+    return jax.jit(make, out_shardings=where)(*weights)
 
   def _remember(self, meta: dict[str, Any]) -> None:
     """Tells what a recipe or a guard forgets that was not the run's so far."""

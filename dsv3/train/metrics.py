@@ -53,9 +53,11 @@ def of_exchange(moved_X: Moved, model: config.Model) -> dict[str, jax.Array]:
 
   `saved` is what more would have gone between nodes, had a token gone there once
   for every expert and not once for every node (Sec. 3.2.2). `late` went in further
-  rounds (`mesh.expert_rows`), and is in the other two.
+  rounds (`mesh.expert_rows`), and is in the other two. A token goes there and back,
+  and so does its gradient; what is recomputed goes there once more.
   """
-  row = 4 * model.dim * jnp.dtype(model.dtype).itemsize  # there, back, backward
+  ways = 4 if model.remat == "none" else 5
+  row = ways * model.dim * jnp.dtype(model.dtype).itemsize
   return {
     f"exchange_gb/{name}": row * n_X.astype(jnp.float32).sum() / 1e9
     for name, n_X in moved_X._asdict().items()

@@ -2,7 +2,7 @@
 
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -44,12 +44,14 @@ def restore(
   ema: bool = False,
   as_stored: bool = False,
   tell: Callable[[str], None] = _warn,
+  shardings: Mapping[str, Any] | None = None,
 ) -> Trained:
   """The model at `step`, or at the newest checkpoint that can be read.
 
   Imported weights are step 0. `ema` gives the moving average of the parameters
   in their place. Optimizer moments stay on disk. `as_stored` keeps parameters
-  in the type of an import, where float32 is the rule. Raises ConfigError where
+  in the type of an import, where float32 is the rule. `shardings` of "params" and
+  "router" say where they are to lie; None: on one device. Raises ConfigError where
   there is no such checkpoint.
   """
   values = run.stored_config(workdir)
@@ -62,13 +64,14 @@ def restore(
   steps = checkpoints.steps if checkpoints else []
   has_import = imported.is_there(workdir)
   if has_import and step == 0 or not steps:
-    return _restore_import(workdir, values, step, ema, as_stored)
+    return _restore_import(workdir, values, step, ema, as_stored, shardings)
   graphdef, params, router = jax.eval_shape(
     lambda: state.split(state.make_model(values.model, jax.random.key(0)))
   )
   weights = "ema" if ema else "params"
   trees = {weights: params, "router": router}
-  like = abstract({k: t for k, t in trees.items() if jax.tree.leaves(t)})
+  where = shardings and {**shardings, weights: shardings["params"]}
+  like = abstract({k: t for k, t in trees.items() if jax.tree.leaves(t)}, where)
   if step is None:
     step, found, meta = checkpoints.restore_newest(like, tell)
   elif step in steps:
@@ -104,23 +107,27 @@ def restore_memory(
   return precision.Memory(*({**parts, **found}[item] for item in parts))
 
 
-def _restore_import(workdir, values, step, ema, as_stored) -> Trained:
+def _restore_import(
+  workdir, values, step, ema, as_stored, shardings
+) -> Trained:
   if not imported.is_there(workdir):
     raise ConfigError(f"{workdir}/checkpoints: found no checkpoint yet")
   if ema:
     raise ConfigError(f"--ema: the imported weights of {workdir} have none")
   if step:
     raise ConfigError(f"--step={step}: no such checkpoint; there is 0")
-  trees = imported.parameters(workdir, values.model, as_stored=as_stored)
+  trees = imported.parameters(
+    workdir, values.model, as_stored=as_stored, shardings=shardings
+  )
   return Trained(values, 0, *trees, {})
 
 
 def start_from(
-  workdir: str, model: config.Model
+  workdir: str, model: config.Model, shardings: Mapping[str, Any] | None = None
 ) -> tuple[nnx.State, nnx.State]:
   """The newest weights of another run, for one with parameters of its shapes."""
   try:
-    trained = restore(workdir)
+    trained = restore(workdir, shardings=shardings)
   except ConfigError as error:
     raise ConfigError(f"config.train.start_from: {error}") from error
   imported.check_fits(model, trained.values.model, workdir)

@@ -44,6 +44,18 @@ def test_a_task_trains_its_run_to_the_end(cluster, tmp_path, monkeypatch):
   trial.assert_trained(place, ("b", 1))
 
 
+def test_a_task_has_the_devices_that_the_cluster_gave_it(cluster, tmp_path):
+  """Ray says by a variable of the task's process which GPUs are its own."""
+  asked = {**environment(1), "CUDA_VISIBLE_DEVICES": "0,1", "FLAG": "7"}
+  words = "import os, sys; e = os.environ; sys.exit(e['CUDA_VISIBLE_DEVICES']"
+  words += " + e['FLAG'] != '37')"
+  place = {"env_vars": {"CUDA_VISIBLE_DEVICES": "3"}}
+  task = cluster.remote(ray_cluster.on_node).options(runtime_env=place)
+  stop = str(tmp_path / "stop")
+  command = [sys.executable, "-c", words]
+  assert ray.get(task.remote(command, asked, str(tmp_path), stop)) == 0
+
+
 @pytest.mark.slow  # a run to its first checkpoint
 def test_a_task_that_is_asked_to_stop_has_its_command_save(cluster, tmp_path):
   program = """if True:

@@ -1,5 +1,7 @@
 """Array jobs, on submitit's executor of local processes."""
 
+import sys
+
 import pytest
 
 # Here and not in a test that captures: it resets all log handlers as it is
@@ -72,9 +74,21 @@ def test_a_sweep_is_handed_in_and_trains(tmp_path, monkeypatch, capsys):
 
 
 def test_a_job_that_is_cut_is_asked_for_again():
-  job = slurm.Job(["true"], {})
+  job = slurm.Job(["true"], environment(1))
   assert job.checkpoint().function is job
   assert job() == 0
+
+
+def test_a_job_has_the_gpus_and_the_number_of_its_node(monkeypatch):
+  """And all else, with the same dsv3, as where it was asked for."""
+  asked = {"PYTHONPATH": "ours", "CUDA_VISIBLE_DEVICES": "0,1", "FLAG": "7"}
+  has = {"CUDA_VISIBLE_DEVICES": "3", "SLURM_JOB_ID": "12", "PYTHONPATH": "no"}
+  wanted = {**has, "PYTHONPATH": "ours", "FLAG": "7"}
+  for name, value in has.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.delenv("FLAG", raising=False)
+  program = f"import os; assert {wanted!r}.items() <= os.environ.items()"
+  assert slurm.Job([sys.executable, "-c", program], asked)() == 0
 
 
 def test_what_slurm_does_not_know_is_one_line(tmp_path, monkeypatch, capsys):

@@ -208,12 +208,14 @@ def spread(exchange, *arguments):
   )(*arguments)
 
 
-def test_metrics_have_the_bytes_of_rows_and_what_nodes_saved():
-  """x there, y back, and both gradients, in the model's type."""
-  model = micro.config_of({"model.dtype": "bfloat16"}).model
+@pytest.mark.parametrize("remat, ways", [("none", 4), ("paper", 5)])
+def test_metrics_have_the_bytes_of_rows_and_what_nodes_saved(remat, ways):
+  """x there, y back, and both gradients, in the model's type; x once more."""
+  diff = {"model.dtype": "bfloat16", "model.remat": remat}
+  model = micro.config_of(diff).model
   rows = [jnp.array([n, 1], jnp.int32) for n in (5, 7, 11, 3)]
   found = metrics.of_exchange(dispatch.Moved(*rows), model)
-  gb = 4 * 2 * model.dim / 1e9
+  gb = ways * 2 * model.dim / 1e9
   wanted = {"between_nodes": 6, "inside_nodes": 8, "saved": 12, "late": 4}
   assert found.keys() == {f"exchange_gb/{name}" for name in wanted}
   for name, n in wanted.items():

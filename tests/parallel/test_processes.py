@@ -14,8 +14,10 @@ from concurrent import futures
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from dsv3.config import ConfigError
 from dsv3.data import batches
@@ -128,6 +130,14 @@ def test_two_processes_are_one_run_that_others_go_on_with(corpus, tmp_path):
     "2": {"mesh.data": 1, "mesh.context": 2},
     "1": {},
   }
+  begin = f"--config.train.start_from={tmp_path / '8'}"
+  started = start(config, tmp_path / "from 8", 2, begin, devices=4)
+  texts = finish(started)
+  assert [process.returncode for process in started] == [0, 0], texts
+  other = {"train.start_from": str(tmp_path / "8"), "train.steps": 3}
+  other |= {"mesh.data": 1}
+  loop.train(micro.config_of({**corpus, **other}), tmp_path / "one from 8")
+  assert_same_lines(lines(tmp_path / "from 8"), lines(tmp_path / "one from 8"))
   for name, mesh in others.items():
     workdir = shutil.copytree(tmp_path / "8", tmp_path / name)
     more = micro.config_of({**corpus, **on_one, **mesh})
@@ -432,6 +442,14 @@ print(f"process {jax.process_index()} found {processes.total(7)}")
   texts = finish([run(0), run(1)])
   for i, text in enumerate(texts):
     assert f"process {i} found 14" in text, texts
+
+
+def test_a_total_may_be_larger_than_int32(monkeypatch):
+  gather = lambda x: np.stack([np.asarray(jnp.asarray(x))] * 3)  # int32 at most
+  monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  for number in (0, 7, 2**24 + 5, 2**31 + 1, 10**13):
+    assert processes.total(number) == 3 * number
 
 
 def test_one_process_reads_all_rows():

@@ -1,5 +1,6 @@
 """A run on a mesh is the run of one device, and goes on on another mesh."""
 
+import dataclasses
 import functools
 import re
 
@@ -128,6 +129,19 @@ def test_state_after_steps_is_that_of_one_device(mesh):
     for a, b in zip(*trees, strict=True):
       a, b = np.asarray(a, float), np.asarray(b, float)
       assert np.linalg.norm(b - a) <= 1e-4 * np.linalg.norm(a)
+
+
+def test_a_run_on_a_mesh_begins_with_the_weights_of_another(
+  corpus, straight, tmp_path
+):
+  found = {}
+  for name, mesh in {"one": {}, "mesh": {"fsdp": 2, "expert": 2}}.items():
+    values = values_of(corpus, mesh, 3)
+    train = dataclasses.replace(values.train, start_from=str(straight))
+    loop.train(dataclasses.replace(values, train=train), tmp_path / name)
+    found[name] = [x["loss/main"] for x in lines(tmp_path / name)]
+  assert found["mesh"] == pytest.approx(found["one"], rel=RELATIVE)
+  assert found["one"][0] < lines(straight)[0]["loss/main"]
 
 
 def test_moments_are_over_the_replicas_and_weights_are_not():
