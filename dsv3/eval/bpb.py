@@ -32,6 +32,7 @@ class Score(NamedTuple):
   max_vio_batch: float  # mean over layers and batches
 
 
+@processes.together
 @functools.partial(jax.jit, static_argnames=("graphdef", "microbatches"))
 def _sums(params, router, memory, batch, *, graphdef, microbatches):
   """Cross-entropy, labels and load of every MoE layer in a batch."""

@@ -7,8 +7,8 @@ devices. The first one also writes what is written once.
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -184,6 +184,38 @@ def _find_or_alone() -> None:
 def is_first() -> bool:
   """Does this process write what is written once?"""
   return jax.process_index() == 0
+
+
+def together(function: Callable) -> Callable:
+  """A jitted function which no process begins to run before all have compiled it.
+
+  JAX keeps compiled programs of the first process alone: with its cache that one
+  waits as long as the others compile, and on a CPU not longer than 30 seconds.
+  """
+  compiled = {}
+
+  def run(*args, **static):
+    if jax.process_count() == 1:
+      return function(*args, **static)
+    leaves, structure = jax.tree.flatten(args)
+    shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
+    key = structure, shapes, tuple(static.items())
+    if key not in compiled:
+      compiled[key] = function.lower(*args, **static).compile()
+      wait_for_all("compiled")
+    return compiled[key](*args)
+
+  return run
+
+
+def let_end(running: Any) -> None:
+  """Waits for a program of several processes where the next must not begin.
+
+  Of two that communicate XLA's CPU client runs now the one and now the other first,
+  which may be another one in each process: then all wait for ever.
+  """
+  if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    jax.block_until_ready(running)
 
 
 def largest(number: int) -> int:

@@ -101,6 +101,7 @@ class _Trainer:
     self.tokenizer = self.data.tokenizer
     self.heldout = self._heldout()
     self.program = program.make(values, self.layout, self.schedule)
+    self.step = processes.together(self.program.step)
     graphdef = self.program.graphdef
     self.watch = Watch(graphdef, values, self.schedule, workdir)
     self.folder = contextlib.ExitStack()
@@ -278,7 +279,8 @@ class _Trainer:
         self._tell_batch_size()
         n_rows = self.schedule.batch_size(self.done)
         whole = self.layout.put_rows(batch, n_rows)
-        self.state, metrics = self.program.step(self.state, whole)
+        self.state, metrics = self.step(self.state, whole)
+        processes.let_end(self.state)
         self.done += 1
         if waiting:
           self._settle(*waiting, clock)

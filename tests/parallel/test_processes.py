@@ -444,6 +444,25 @@ print(f"process {jax.process_index()} found {processes.total(7)}")
     assert f"process {i} found 14" in text, texts
 
 
+def test_none_runs_what_not_all_have_compiled(monkeypatch):
+  """Once for every shape; with static arguments, as the evaluation has them."""
+  said = []
+  times = jax.jit(
+    lambda x, *, n: said.append("traced") or n * x, static_argnames="n"
+  )
+  run = processes.together(times)
+  monkeypatch.setattr(processes, "wait_for_all", said.append)
+  assert run(jnp.ones(2), n=3).tolist() == [3, 3] and said == ["traced"]
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  said.clear()
+  assert run(jnp.ones(4), n=2).tolist() == [2, 2, 2, 2]
+  assert said == ["traced", "compiled"]
+  run(jnp.zeros(4), n=2)
+  assert said == ["traced", "compiled"]
+  assert run(jnp.ones(4), n=5).tolist() == [5, 5, 5, 5]
+  assert said == ["traced", "compiled"] * 2
+
+
 def test_a_total_may_be_larger_than_int32(monkeypatch):
   gather = lambda x: np.stack([np.asarray(jnp.asarray(x))] * 3)  # int32 at most
   monkeypatch.setattr(multihost_utils, "process_allgather", gather)
