@@ -74,7 +74,8 @@ def _print_sharding(arguments: argparse.Namespace) -> None:
 
   values = _of_run(arguments)
   sizes = [getattr(values.mesh, axis) for axis in config.INNER_FIRST]
-  n_devices = arguments.chips or abs(math.prod(sizes))  # -1 takes one
+  least = math.prod(max(size, 1) for size in sizes)  # of -1 one
+  n_devices = arguments.chips or least
   print(layout.describe(values, layout.of_number(values, n_devices)))
 
 

@@ -373,7 +373,7 @@ def _remade(said: Sequence[str]) -> list[str]:
     shape = re.search(r"(\w+)\[([\d,]*)\]", line)
     if "nvoluntary full remat" not in line or "fake_parameter" in line:
       continue  # the latter is a guess of what another way would cost
-    if hlo.size(shape[0]) > LARGE:
+    if shape and hlo.size(shape[0]) > LARGE:
       found.append(f"involuntary full rematerialization of {shape[0]}: {line}")
   return found
 

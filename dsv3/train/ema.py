@@ -74,5 +74,5 @@ def _joined(parts: Parts, like: jax.ShapeDtypeStruct):
   where = like.sharding
   if where.is_fully_addressable and len(parts) == 1:
     return next(iter(parts.values()))
-  part = lambda index: parts[str(index)]
+  part = lambda index: parts[str(index)].copy()  # on a CPU it would be a view
   return jax.make_array_from_callback(like.shape, where, part)

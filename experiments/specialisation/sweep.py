@@ -1,5 +1,6 @@
 """Do experts take domains apart, and does an auxiliary loss keep them from it?"""
 
+import importlib.util
 import itertools
 import pathlib
 import sysconfig
@@ -57,7 +58,8 @@ def measure(workdir):
   ]
   pairs = itertools.combinations(shares, 2)
   run = pathlib.Path(workdir).name
-  if run.startswith(tuple(f"{arm}-s" for arm in DRAWN)):
+  is_drawn = run.startswith(tuple(f"{arm}-s" for arm in DRAWN))
+  if is_drawn and importlib.util.find_spec("matplotlib"):
     picture = pathlib.Path(__file__).parent / f"{run}.png"
     routing.draw(trace, domains).savefig(picture, dpi=100)
   return {
