@@ -46,7 +46,7 @@ def sweep(arguments: argparse.Namespace) -> int:
   ended = board.count("done") + board.count("failed")
   if len(runs) == len(asked.runs) == ended and board.count("done"):
     found = [comparing.compare(asked, metric) for metric in asked.metrics]
-    _answer(asked, found, asked.folder, relative=False)
+    _answer(asked, found, asked.folder, relative=asked.relative)
   return code
 
 
@@ -67,18 +67,16 @@ def compare(arguments: argparse.Namespace) -> None:
     )
     for metric in arguments.metric or asked.metrics
   ]
-  if arguments.relative:
-    lines = comparing.whole(comparing.of_arms(asked)[0])
-    notes = curves.relative_notes(lines, found[0].baseline)
-    found[0].notes.extend(notes)
   out = pathlib.Path(arguments.out or asked.folder)
-  _answer(asked, found, out, relative=arguments.relative)
+  _answer(asked, found, out, relative=arguments.relative or asked.relative)
 
 
 def _answer(asked, found, out: pathlib.Path, *, relative: bool) -> None:
   """The tables, and the same as files."""
+  lines = comparing.whole(comparing.of_arms(asked)[0])
+  if relative:
+    found[0].notes.extend(curves.relative_notes(lines, found[0].baseline))
   if asked.answer:
-    lines = comparing.whole(comparing.of_arms(asked)[0])
     found[0].notes.extend(asked.answer(lines, out))
   print(table.plain(found), end="\n\n")
   if importlib.util.find_spec("matplotlib"):

@@ -3,10 +3,11 @@
 README.md        question, what the paper reports, method, table, verdict
 sweep.py         BASE, a config, and `runs()`, names and diffs of it; as it
                  likes BASELINE (an arm; the first), METRICS (those of `compare`;
-                 loss), HIGHER (metrics of its own of which more is better) and
-                 SEEDS (three); measure(workdir), more numbers of a run that has
-                 ended; and answer(lines, folder), notes on the table from the
-                 lines of each arm, and pictures of its own
+                 loss), HIGHER (metrics of its own of which more is better),
+                 RELATIVE (curves of the relative loss error) and SEEDS (three);
+                 measure(workdir), more numbers of a run that has ended; and
+                 answer(lines, folder), notes on the table from the lines of
+                 each arm, and pictures of its own
 results.jsonl    a line a run, see `dsv3.lab.results`
 
 A run is known by what it computes: the seed, and where its config departs from
@@ -65,6 +66,7 @@ class Experiment:
   metrics: tuple[str, ...]  # that they are compared in
   answer: Callable | None = None
   higher: tuple[str, ...] = ()  # metrics of which more is better
+  relative: bool = False  # is the relative error of the loss asked for
 
   @property
   def name(self) -> str:
@@ -116,9 +118,16 @@ def load(
   if baseline not in {run.name for run in runs}:
     raise ConfigError(f"{path}: BASELINE: found {baseline!r}, wanted an arm")
   metrics = tuple(getattr(module, "METRICS", ["loss"]))
-  answer = getattr(module, "answer", None)
-  higher = tuple(getattr(module, "HIGHER", ()))
-  return Experiment(folder, base, runs, baseline, metrics, answer, higher)
+  return Experiment(
+    folder,
+    base,
+    runs,
+    baseline,
+    metrics,
+    answer=getattr(module, "answer", None),
+    higher=tuple(getattr(module, "HIGHER", ())),
+    relative=bool(getattr(module, "RELATIVE", False)),
+  )
 
 
 def _listed(found: Any, seeds: Sequence[int]) -> sweep.Sweep:

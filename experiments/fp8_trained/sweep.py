@@ -7,6 +7,7 @@ from dsv3.overlay import module_of
 BASE = "base"
 BASELINE = "bf16"
 METRICS = ["loss"]
+RELATIVE = True  # Fig. 10
 FP8 = module_of(pathlib.Path(__file__).parents[1] / "fp8/sweep.py")
 
 

@@ -191,6 +191,20 @@ def test_compare_writes_table_pictures_page_and_readme(place, capsys):
   assert cli.main(["compare", str(place), "--metric=los"]) == 2
 
 
+def test_an_experiment_may_ask_for_the_relative_error(place, capsys):
+  trial.record(place, LOSSES)
+  words = ["compare", str(place), f"--out={place / 'out'}"]
+  assert cli.main(words) == 0
+  assert "Relative error of" not in capsys.readouterr().out
+  plain = (place / "out" / "compare.html").read_text()
+  sweep = place / "sweep.py"
+  sweep.write_text(sweep.read_text() + "\nRELATIVE = True\n")
+  assert cli.main(words) == 0
+  assert "Relative error of b's" in capsys.readouterr().out
+  relative = (place / "out" / "compare.html").read_text()
+  assert "% of it" in relative and "% of it" not in plain
+
+
 def test_a_page_asks_for_nothing_from_outside(place):
   trial.record(place, LOSSES)
   asked = trial.load(place)
