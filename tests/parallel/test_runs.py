@@ -131,6 +131,7 @@ def test_state_after_steps_is_that_of_one_device(mesh):
       assert np.linalg.norm(b - a) <= 1e-4 * np.linalg.norm(a)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_begins_with_the_weights_of_another(
   corpus, straight, tmp_path
 ):
