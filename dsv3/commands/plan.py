@@ -81,8 +81,7 @@ def _print_sharding(arguments: argparse.Namespace) -> None:
 
 def _of_run(arguments: argparse.Namespace) -> config.Config:
   """The config of a run on --mesh, in as many microbatches."""
-  if not arguments.config:
-    raise ConfigError("--config: missing; for example --config=v3_671b")
+  _check_config(arguments)
   given = arguments.mesh.split(",") if arguments.mesh else []
   mesh = ["mesh.data=1"] if given else []
   mesh += [f"mesh.{size}" for size in given]
@@ -95,9 +94,13 @@ def _of_run(arguments: argparse.Namespace) -> config.Config:
   return config.build(overlay.overlay(tree, diff))
 
 
-def _values(arguments: argparse.Namespace) -> config.Config:
+def _check_config(arguments: argparse.Namespace) -> None:
   if not arguments.config:
     raise ConfigError("--config: missing; for example --config=v3_671b")
+
+
+def _values(arguments: argparse.Namespace) -> config.Config:
+  _check_config(arguments)
   tree = overlay.load(arguments.config, arguments.overrides)
   if arguments.seq:
     overlay.overlay(tree, {"data.seq_len": arguments.seq})

@@ -7,7 +7,7 @@ import sysconfig
 
 import numpy as np
 
-from dsv3.lab.sweep import arms
+from dsv3.overlay import module_of
 
 BASE = "../balance/base"
 BASELINE = "sequence"
@@ -24,20 +24,8 @@ DRAWN = ("sequence", "bias")
 
 
 def runs():
-  # The arms of experiments/balance.
-  of_loss = lambda kind: {
-    "model.moe.balancing": kind,
-    "schedule.balance_weight": 1e-3,
-  }
-  return arms(
-    {
-      "sequence": of_loss("sequence"),
-      "batch": of_loss("batch"),
-      "bias": {"model.moe.balancing": "bias"},
-      "both": {"model.moe.balancing": "bias+sequence"},
-      "none": {"model.moe.balancing": "none"},
-    }
-  )
+  balance = pathlib.Path(__file__).parents[1] / "balance/sweep.py"
+  return module_of(balance).runs()
 
 
 def measure(workdir):
