@@ -262,8 +262,10 @@ class Checkpoints:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    if self._manager is not None:
-      self._manager.close()
+    """Waits for what is at work in the folder; once is enough."""
+    manager, self._manager = self._manager, None
+    if manager is not None:
+      manager.close()
       _LOG.removeHandler(self._errors)
 
 

@@ -123,6 +123,8 @@ class _Trainer:
     self.checkpoints = Checkpoints(
       workdir / "checkpoints", kept=values.train.checkpoints_kept
     )
+    if jax.process_count() == 1:  # of several, none may wait for others now
+      self.folder.callback(self.checkpoints.close)
     if self.checkpoints.steps and not (workdir / "config.json").exists():
       raise ConfigError(
         f"--workdir={workdir}: found checkpoints without their config.json"
