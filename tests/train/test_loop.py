@@ -361,3 +361,14 @@ def test_no_row_is_read_twice_or_lost_when_a_batch_ramp_moves():
   ahead = read - long.first_sequence(stopped)
   list(feed.training(asked, long, stopped, ahead))
   assert asked.rows_asked == list(range(len(asked.rows_asked)))
+
+
+def test_an_error_before_the_first_step_waits_for_orbax(tmp_path, monkeypatch):
+  """What clears the folder up meanwhile would raise as the process ends."""
+  closed, close = [], loop.Checkpoints.close
+  record = lambda self: (closed.append(self), close(self))
+  monkeypatch.setattr(loop.Checkpoints, "close", record)
+  diff = {**micro.write_corpus(tmp_path), "train.start_from": "nowhere"}
+  with pytest.raises(ConfigError, match="start_from: nowhere"):
+    loop.train(micro.config_of(diff), tmp_path / "run")
+  assert len(closed) == 1
