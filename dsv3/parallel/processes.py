@@ -209,10 +209,10 @@ def together(function: Callable) -> Callable:
 
 
 def let_end(running: Any) -> None:
-  """Waits for a program of several processes where the next must not begin.
+  """Waits on a CPU for a program of several processes, and raises its error.
 
-  Of two that communicate XLA's CPU client runs now the one and now the other first,
-  which may be another one in each process: then all wait for ever.
+  Of a partner that did not come in time nobody would hear: the others are waiting
+  in that program, this process in the next one, and none of them ends.
   """
   if jax.process_count() > 1 and jax.default_backend() == "cpu":
     jax.block_until_ready(running)
