@@ -7,7 +7,7 @@ setuptools.setup(
   version="0.1.0",
   description="DeepSeek-V3 in JAX and Flax, for research.",
   packages=setuptools.find_packages(include=["dsv3", "dsv3.*"]),
-  package_data={"dsv3.lab": ["templates/*.j2"]},
+  package_data={"dsv3.lab": ["templates/*.j2"], "dsv3.infer": ["*.cc"]},
   python_requires=">=3.11",
   install_requires=[
     "jax>=0.10.2",

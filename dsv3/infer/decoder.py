@@ -65,25 +65,25 @@ class Decoder:
         f"cache: found {cache_dtype}, wanted one of {', '.join(caches.DTYPES)}"
       )
     self.cache_dtype = cache_dtype
-    on_a_cpu = jax.default_backend() == "cpu"
-    on_one = model.placement is ONE_DEVICE
-    apart = on_a_cpu and on_one and cpu.keeps_apart(self.model)
+    dtype, placement = self.model.dtype, model.placement
+    if jax.default_backend() == "cpu":
+      self.dtype, cast = "float32", functools.partial(cpu.as_used, dtype=dtype)
+      alone = placement is ONE_DEVICE
+      gemm = cpu.gemm(dtype, alone=alone)
+      others = cpu.products(alone=alone), gemm.dot
+    else:
+      self.dtype, cast = dtype, functools.partial(_as_used, dtype=dtype)
+      gemm, others = plain(dtype, self.model.moe.kernel), ()
 
     def network(model):
       model = with_copies(model, copies) if copies else model
-      return Network(model, apart=apart)
+      return Network(model, *others)
 
-    _, weights = nnx.split(network(model))
-    if on_a_cpu and self.model.dtype == "bfloat16":
-      self.dtype, on_cpu = "float32", cpu.GEMM
-      weights = cpu.as_used(weights)
-    else:
-      self.dtype, on_cpu = self.model.dtype, None
-      weights = _as_used(weights, self.dtype)
+    weights = cast(nnx.split(network(model))[1])
     self.weights = nnx.as_pure(weights)  # Variables cost 0.1 ms a call
-    build = functools.partial(_transformer, placement=model.placement)
+    build = functools.partial(_transformer, gemm=gemm, placement=placement)
     self.graphdef = jax.eval_shape(
-      lambda: nnx.split(network(build(self.model, self.dtype, on_cpu)))
+      lambda: nnx.split(network(build(self.model, self.dtype)))
     )[0]
     self._compiled = {}
 
@@ -163,17 +163,10 @@ class Decoder:
 
 
 def _transformer(
-  model: config.Model,
-  dtype: str,
-  gemm: Gemm | None = None,
-  placement: Placement = ONE_DEVICE,
+  model: config.Model, dtype: str, *, gemm: Gemm, placement: Placement
 ) -> Transformer:
-  """The model of a config, computing in `dtype`; no operand is quantised.
-
-  None is the plain Gemm.
-  """
+  """The model of a config, computing in `dtype`; no operand is quantised."""
   values = dataclasses.replace(model, dtype=dtype)
-  gemm = gemm or plain(dtype, model.moe.kernel)
   return Transformer(
     values, gemm=gemm, key=jax.random.key(0), placement=placement
   )

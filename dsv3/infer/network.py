@@ -5,6 +5,7 @@ one slot, and run keys and values of all heads; an absorbed one begins where
 each sequence ends. Both write the latents of the window into the cache.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,9 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3.infer import cache as caches
-from dsv3.infer import cpu
 from dsv3.infer.cache import Cache, Layer
-from dsv3.nn import moe
+from dsv3.nn import mla, moe
 from dsv3.nn.block import unstack
 from dsv3.nn.mla import attend, rope_frequencies
 from dsv3.nn.transformer import Transformer
@@ -23,11 +23,16 @@ from dsv3.nn.transformer import Transformer
 class Network(nnx.Module):
   """A Transformer with lists of blocks and MTP modules in place of stacks.
 
-  Inside a step every slice of a stack would be a copy of it. `apart`: lists of
-  experts too (`cpu.Apart`).
+  Inside a step every slice of a stack would be a copy of it. `products` are for
+  absorbed attention, `head_dot` for the output head if `Transformer.logits` is not.
   """
 
-  def __init__(self, model: Transformer, *, apart: bool = False):
+  def __init__(
+    self,
+    model: Transformer,
+    products: mla.Products = mla.PRODUCTS,
+    head_dot: Callable | None = None,
+  ):
     self.embed, self.head, self.norm = model.embed, model.head, model.norm
     stacks = [getattr(model, n) for n in ("dense", "moe") if hasattr(model, n)]
     self.blocks = nnx.List([b for stack in stacks for b in unstack(stack)])
@@ -36,17 +41,16 @@ class Network(nnx.Module):
     for block in [*self.blocks, *(module.block for module in modules)]:
       w_uk_HNC, w_uv_HCV = block.attention.by_head()
       block.w_uk_HNC, block.w_uv_HCV = nnx.Param(w_uk_HNC), nnx.Param(w_uv_HCV)
-      if apart and isinstance(block.ffn, moe.Moe):
-        block.ffn.experts = cpu.Apart(block.ffn.experts)
+      block.products = products
     self.model, self.placement = model.model, model.placement
+    self.head_dot = head_dot
 
   embedding = Transformer.embedding
 
   def logits(self, hidden_BLD: jax.Array) -> jax.Array:
-    """As `Transformer.logits`; a CPU keeps a bfloat16 head beside float32."""
-    kept, used = self.head.dtype, hidden_BLD.dtype
-    if (kept, used) == (jnp.bfloat16, jnp.float32):
-      return cpu.dot(hidden_BLD, self.head[...])
+    """As `Transformer.logits`."""
+    if self.head_dot:
+      return self.head_dot(hidden_BLD, self.head[...])
     return Transformer.logits(self, hidden_BLD)
 
 
@@ -100,31 +104,31 @@ def _experts(ffn: moe.Moe, u_BLD, inside_BL) -> jax.Array:
 
 
 def _attention(block, h_BLD, layer, window, first):
-  mla = block.attention
+  attention = block.attention
   offset_B, inside_BL, absorbed = window
   slots_BL = offset_B[:, None] + jnp.arange(h_BLD.shape[1])
-  turns = rope_frequencies(mla.model), slots_BL
-  q = mla.queries(h_BLD, *turns)
-  layer = caches.write(layer, *mla.latent(h_BLD, *turns), offset_B)
+  turns = rope_frequencies(attention.model), slots_BL
+  q = attention.queries(h_BLD, *turns)
+  layer = caches.write(layer, *attention.latent(h_BLD, *turns), offset_B)
   slots_M = jnp.arange(layer.c_kv_BMC.shape[1])
   if absorbed:
     sees_BLM = slots_BL[..., None] >= slots_M
     sees_BLM &= (slots_BL[..., None] < first) | (slots_M >= first)
-    by_head = block.w_uk_HNC[...], block.w_uv_HCV[...]
-    return mla.absorbed(q, *layer.values(), sees_BLM, *by_head), layer
+    with_each = block.w_uk_HNC[...], block.w_uv_HCV[...], block.products
+    return attention.absorbed(q, *layer.values(), sees_BLM, *with_each), layer
   c_kv_BMC, k_r_BMR = (x.astype(h_BLD.dtype) for x in layer.values())
-  k, v = mla.expand(c_kv_BMC, k_r_BMR)
+  k, v = attention.expand(c_kv_BMC, k_r_BMR)
   segment = lambda slots: 1 + (slots >= first).astype(jnp.int32)
   o_BLHV = attend(
     q,
     k,
     v,
     segment(slots_BL) * inside_BL,
-    mla.model,
+    attention.model,
     segments_BM=jnp.broadcast_to(segment(slots_M), k.shape[:2]),
     start=offset_B[0],
   )
-  return mla.output(o_BLHV), layer
+  return attention.output(o_BLHV), layer
 
 
 def at(x_BLD: jax.Array, index_B: jax.Array) -> jax.Array:

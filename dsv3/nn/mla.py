@@ -1,6 +1,8 @@
 """Multi-head Latent Attention (Sec. 2.1.1)."""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,32 @@ def rope_frequencies(model: config.Model) -> np.ndarray:
   return rope.yarn_frequencies(
     dim, r.theta, r.yarn_factor, r.original_len, r.beta_fast, r.beta_slow
   )
+
+
+class Products(NamedTuple):
+  """Of groups of rows with a matrix each, float32, as `absorbed` needs them.
+
+  dot(x_GRI, w_GIO): [G, R, O]. scores(x_GRI, y_GMI): each with each, [G, R, M].
+  """
+
+  dot: Callable
+  scores: Callable
+
+
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  return jnp.einsum(
+    subscripts,
+    x,
+    y.astype(x.dtype),
+    precision="highest" if x.dtype == jnp.float32 else None,
+    preferred_element_type=jnp.float32,
+  )
+
+
+PRODUCTS = Products(
+  functools.partial(_product, "GRI,GIO->GRO"),
+  functools.partial(_product, "GRI,GMI->GRM"),
+)
 
 
 class Queries(nnx.Module):
@@ -111,7 +139,7 @@ class Mla(nnx.Module):
     return w_uk_HNC, jnp.transpose(self.w_uv[...], (1, 0, 2))
 
   def absorbed(
-    self, q, c_kv_BMC, k_r_BMR, sees_BLM, w_uk_HNC, w_uv_HCV
+    self, q, c_kv_BMC, k_r_BMR, sees_BLM, w_uk_HNC, w_uv_HCV, products=PRODUCTS
   ) -> jax.Array:
     """Attention in the latent's space, for decoding: Eq. 10 without Eq. 2 and 5.
 
@@ -125,26 +153,24 @@ class Mla(nnx.Module):
       sees_BLM: True where a query sees a position; each sees at least one.
       w_uk_HNC, w_uv_HCV: of `by_head`; made anew in each step they take longer
         than the products.
+      products: of groups, which are heads, or sequences.
     """
     a, r = self.model.attention, self.model.rope
-    product = lambda subscripts, x, y: jnp.einsum(
-      subscripts,
-      x,
-      y.astype(x.dtype),
-      precision="highest" if x.dtype == jnp.float32 else None,
-      preferred_element_type=jnp.float32,
-    )
+    dot = lambda x, w: products.dot(x, w).astype(q.dtype)
+    in_heads = lambda x_BLHX: _swapped(x_BLHX.reshape(-1, *x_BLHX.shape[2:]))
+    in_sequences = lambda x: _swapped(x).reshape(len(q), -1, x.shape[-1])
     q_c_BLHN, q_r_BLHR = jnp.split(q, [a.nope_dim], axis=-1)
-    q_BLHC = product("BLHN,HNC->BLHC", q_c_BLHN, w_uk_HNC).astype(q.dtype)
-    score_BHLM = product("BLHC,BMC->BHLM", q_BLHC, c_kv_BMC)
-    score_BHLM += product("BLHR,BMR->BHLM", q_r_BLHR, k_r_BMR)
-    score_BHLM *= rope.softmax_scale(q.shape[-1], r.yarn_factor, r.mscale)
-    score_BHLM = jnp.where(sees_BLM[:, None], score_BHLM, -jnp.inf)
-    weight_BHLM = jax.nn.softmax(score_BHLM).astype(q.dtype)
-    # Heads first: for the other order the CPU has no bfloat16 product.
-    o_BHLC = product("BHLM,BMC->BHLC", weight_BHLM, c_kv_BMC).astype(q.dtype)
-    o_BLHV = product("BHLC,HCV->BLHV", o_BHLC, w_uv_HCV).astype(q.dtype)
-    return self.output(o_BLHV)
+    q_BSC = in_sequences(dot(in_heads(q_c_BLHN), w_uk_HNC))  # S: L, then H
+    q_BSR = q_r_BLHR.reshape(*q_BSC.shape[:2], -1)
+    score_BSM = products.scores(q_BSC, c_kv_BMC)
+    score_BSM += products.scores(q_BSR, k_r_BMR)
+    score_BSM *= rope.softmax_scale(q.shape[-1], r.yarn_factor, r.mscale)
+    sees_BSM = jnp.repeat(sees_BLM, a.n_heads, axis=1)
+    score_BSM = jnp.where(sees_BSM, score_BSM, -jnp.inf)
+    weight_BSM = jax.nn.softmax(score_BSM).astype(q.dtype)
+    o_BLHC = dot(weight_BSM, c_kv_BMC).reshape(*q.shape[:3], -1)
+    o_BSV = in_sequences(dot(in_heads(o_BLHC), w_uv_HCV))
+    return self.output(o_BSV.reshape(*q.shape[:3], -1))
 
   def output(self, o_BLHV) -> jax.Array:
     """The output projection (Eq. 11)."""
@@ -162,6 +188,10 @@ class Mla(nnx.Module):
     )
     latent = self.latent(h_BLD, *turns)
     return self.output(run(self.w_uk, self.w_uv, q, *latent, segments_BL))
+
+
+def _swapped(x: jax.Array) -> jax.Array:
+  return jnp.swapaxes(x, 0, 1)
 
 
 def expand(

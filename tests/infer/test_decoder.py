@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dsv3.config import ConfigError
-from dsv3.infer import Decoder, Sampling, cache, cpu, generate, stream
+from dsv3.infer import Decoder, Sampling, cache, few_rows, generate, stream
 from dsv3.infer.decoder import _as_used, one_step, read_chunk
 from dsv3.infer.network import Network
 from dsv3.infer.sampling import choose, filtered
@@ -32,7 +32,8 @@ VARIANTS = {
   "dense": {"model.ffn": "dense"},
   "softmax": {"model.moe.gate": "softmax", "model.moe.balancing": "none"},
   "bfloat16": {"model.dtype": "bfloat16"},
-  "experts together": {},
+  "by XLA": {},
+  "bfloat16 by XLA": {"model.dtype": "bfloat16"},
 }
 
 
@@ -71,8 +72,8 @@ SLOW = ("no query rank", "unrolled", "dense", "softmax")  # half a minute each
 )
 def test_every_position_equals_the_full_forward_pass(name, monkeypatch):
   """Prefill of 1 to 70 tokens in chunks of 64, then absorbed steps to the end."""
-  if "together" in name:
-    monkeypatch.setattr(cpu, "BRANCHES", 0)
+  if "by XLA" in name:
+    monkeypatch.setattr(few_rows, "available", lambda: False)
   made = make(VARIANTS[name])
   (tokens,) = prompts_of(80)
   wanted_LW = full_logits(made, tokens)
