@@ -88,6 +88,7 @@ def test_sample_drafts_with_the_mtp_module_and_says_what_was_kept(
   assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.slow  # a run's decoder to compile; sampling shows it
 def test_eval_says_how_many_drafts_are_kept(trained, capsys):
   _, workdir = trained
   assert cli.main(["eval", f"--workdir={workdir}", "--drafts=3"]) == 0

@@ -60,7 +60,13 @@ def full_logits(model, tokens):
   return np.asarray(run(model, jnp.asarray(tokens)[None])[0])
 
 
-SLOW = ("no query rank", "unrolled", "dense", "softmax")  # half a minute each
+SLOW = (  # half a minute each
+  "no query rank",
+  "unrolled",
+  "dense",
+  "softmax",
+  "bfloat16 by XLA",
+)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +95,7 @@ def test_every_position_equals_the_full_forward_pass(name, monkeypatch):
   assert past.length_B.tolist() == [80]
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("drafts", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_several_sequences_in_bfloat16_are_near_those_alone(drafts):
   """A CPU lacks some products of bfloat16, by the number of sequences."""
   decoder = Decoder(make({"model.dtype": "bfloat16"}))

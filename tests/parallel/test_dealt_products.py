@@ -72,6 +72,7 @@ def test_a_device_has_its_own_rows_and_the_result_is_that_of_one(mesh, swiglu):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow  # a product on two meshes
 def test_stochastic_rounding_is_another_draw_on_each_device():
   recipe = recipes.recipe("deepseek_v3", ["rounding=stochastic"])
   x_BLI, w_IPO, _ = arrays()

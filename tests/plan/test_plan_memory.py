@@ -21,10 +21,10 @@ WIDENS = jax.__version__.startswith("0.10.")
 SMALL = "experiments/performance/s30m.py"
 NO_MTP = {"model.mtp.depth": 0}
 STEPS = [  # config, sequences, diff
-  ("tiny", 8, {"model.remat": "paper", "model.dtype": "bfloat16"}),
   *(
     pytest.param("tiny", 8, diff, marks=pytest.mark.slow)
     for diff in (
+      {"model.remat": "paper", "model.dtype": "bfloat16"},
       {"model.remat": "full", "train.microbatches": 4},
       {"model.layers": "unrolled", **NO_MTP},
     )

@@ -182,6 +182,7 @@ def test_delayed_scales_are_of_the_largest_of_the_history():
     assert weight.fprop.scale.max() == np.float32(7) * np.float32(1 / 448)
 
 
+@pytest.mark.slow  # programs with FP8 to compile
 def test_a_step_that_is_left_out_is_not_remembered():
   prepared = steps.prepared(DELAYED)
   _, state = train(prepared, 1)

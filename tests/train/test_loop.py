@@ -288,6 +288,7 @@ def test_a_stop_amid_left_out_updates_says_what_is_saved(
   assert "saved is step 5)" in said
 
 
+@pytest.mark.slow  # a run of its own
 def test_a_run_without_a_checkpoint_ends_without_a_sample(
   corpus, tmp_path, monkeypatch, capsys
 ):
@@ -300,6 +301,7 @@ def test_a_run_without_a_checkpoint_ends_without_a_sample(
   )
 
 
+@pytest.mark.slow  # two runs of its own
 def test_a_longer_run_says_how_its_schedule_stretches(
   corpus, straight, tmp_path, capsys
 ):
