@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import IO
 
 import jax
@@ -22,7 +22,9 @@ from dsv3.parallel import processes
 
 GRACE_SECONDS = 5  # for the error of a collective to come, and to be told
 _LOOK_SECONDS = 1
-_FOLLOWED = "ended with the others"
+_CLOSED = "ended with the others"
+_AFTER = "ended after "
+_AND = " and "
 
 
 class Presence:
@@ -31,7 +33,8 @@ class Presence:
   The system frees the lock of a process that is killed. Alone, a process has no
   file. All make one together, and from there on each ends soon after another, or
   after an error of `trouble`: of that no caller is told while all wait for each
-  other.
+  other. The first process looks at all the others and they at the first: one that
+  ends after another writes down after whom.
   """
 
   def __init__(self, workdir: str | pathlib.Path):
@@ -50,22 +53,32 @@ class Presence:
 
   def gone(self) -> list[str]:
     """Processes that have ended of themselves, as `process 1 (host, pid 7)`."""
-    found = []
-    for i in range(jax.process_count() if self._mine else 0):
-      if i == jax.process_index():
+    return self._gone(range(jax.process_count()))[0]
+
+  def _gone(self, some: Iterable[int]) -> tuple[list[str], bool]:
+    """Those of some, or after whom these have ended; has one ended after another?"""
+    found, followed = {}, False
+    for i in some if self._mine else ():
+      text = None if i == jax.process_index() else self._last_words(i)
+      if text is None or text == _CLOSED:
         continue
-      try:  # NFS locks what is open for writing alone
-        with open(self._folder / str(i), "r+") as file:
-          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-          text = file.read()
-      except BlockingIOError:
-        continue
-      except OSError as error:
-        self._tell_blind(error)
-        continue
-      if text != _FOLLOWED:
-        found.append(f"process {i} ({text})")
-    return found
+      names = [f"process {i} ({text})"]
+      if text.startswith(_AFTER):
+        names, followed = text.removeprefix(_AFTER).split(_AND), True
+      found |= dict.fromkeys(names)
+    return list(found), followed
+
+  def _last_words(self, i: int) -> str | None:
+    """What the file of a process says that is gone; None while it is there."""
+    try:  # NFS locks what is open for writing alone
+      with open(self._folder / str(i), "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file.read()
+    except BlockingIOError:
+      return None
+    except OSError as error:
+      self._tell_blind(error)
+      return None
 
   def _tell_blind(self, error: OSError) -> None:
     if not self._blind:
@@ -94,7 +107,7 @@ class Presence:
     """Ends with the others: nobody is to follow."""
     self._closed.set()
     if self._mine:
-      self._write(_FOLLOWED)
+      self._write(_CLOSED)
       self._mine.close()
 
   def _write(self, text: str) -> None:
@@ -103,18 +116,22 @@ class Presence:
     self._mine.flush()
 
   def _look(self) -> None:
+    first = jax.process_index() == 0
+    watched = range(1, jax.process_count()) if first else [0]
     since = None
     while not self._closed.wait(_LOOK_SECONDS):
-      gone, error = self.gone(), self.trouble()
+      (gone, followed), error = self._gone(watched), self.trouble()
       since = (since or time.monotonic()) if gone or error else None
-      if since is None or time.monotonic() - since < GRACE_SECONDS:
+      if since is None:
+        continue
+      if not followed and time.monotonic() - since < GRACE_SECONDS:
         continue
       if error:  # the others will find this process gone
         _end(f"a checkpoint could not be written ({_line(error)})")
       self._follow(gone, "what was waited for with it cannot come")
 
   def _follow(self, gone: list[str], reason: str) -> None:
-    self._write(_FOLLOWED)
+    self._write(_AFTER + _AND.join(gone))
     _end(f"{', '.join(gone)} of the run ended without the others ({reason})")
 
 

@@ -1,0 +1,127 @@
+"""Who is gone, and who is told: processes played by locks of one."""
+
+import time
+
+import jax
+import pytest
+
+from dsv3.parallel import presence, processes
+
+N = 4
+
+
+@pytest.fixture
+def of(monkeypatch, tmp_path):
+  """The Presence of a process of four, in place of whose end stands an error."""
+  made, me, ended = {}, [0], {}
+
+  class Ended(BaseException):
+    pass
+
+  def end(text):
+    ended.setdefault(me[0], text)
+    raise Ended
+
+  def use(i):
+    me[0] = i
+    return made[i]
+
+  monkeypatch.setattr(jax, "process_count", lambda: N)
+  monkeypatch.setattr(jax, "process_index", lambda: me[0])
+  monkeypatch.setattr(processes, "wait_for_all", lambda name: None)
+  monkeypatch.setattr(presence.threading.Thread, "start", lambda self: None)
+  monkeypatch.setattr(presence, "_end", end)
+  monkeypatch.setattr(presence, "_LOOK_SECONDS", 0)
+  monkeypatch.setattr(presence, "GRACE_SECONDS", 0.2)
+  for i in range(N):
+    me[0] = i
+    made[i] = presence.Presence(tmp_path)
+  use.ended, use.error = ended, Ended
+  yield use
+  for i in made:
+    made[i]._mine.close()
+
+
+def kill(present):
+  """The system frees the lock, and the file says what it said."""
+  present._mine.close()
+
+
+def look(present):
+  """Until it ends: the thread that looks."""
+  with pytest.raises(BaseException) as found:
+    present._look()
+  return found.type.__name__
+
+
+def test_all_are_there_and_then_one_is_not(of):
+  assert of(1).gone() == []
+  kill(of(2))
+  (name,) = of(1).gone()
+  assert name.startswith("process 2 (") and "pid" in name
+
+
+def test_one_that_has_ended_with_the_others_is_not_gone(of):
+  of(2).close()
+  assert of(1).gone() == []
+
+
+def test_the_first_sees_it_and_the_others_hear_of_it(of):
+  kill(of(2))
+  name = of(0).gone()[0]
+  began = time.monotonic()
+  assert look(of(0)) == "Ended"
+  assert time.monotonic() - began > presence.GRACE_SECONDS
+  kill(of(0))
+  began = time.monotonic()
+  assert look(of(3)) == "Ended"
+  assert time.monotonic() - began < presence.GRACE_SECONDS  # heard, not seen
+  assert of(3).gone() == [name]
+  assert all(name in of.ended[i] for i in (0, 3))
+
+
+def test_the_first_is_seen_by_all(of):
+  kill(of(0))
+  for i in (1, 2, 3):
+    assert look(of(i)) == "Ended"
+    assert "process 0 (" in of.ended[i]
+
+
+@pytest.mark.parametrize("i", [0, 3])
+def test_looks_are_as_many_as_processes_and_not_their_square(
+  of, i, monkeypatch
+):
+  present, looked = of(i), []
+
+  def last_words(other):
+    looked.append(other)
+    if len(looked) == 6:
+      present._closed.set()
+
+  monkeypatch.setattr(present, "_last_words", last_words)
+  present._look()
+  assert set(looked) == ({0} if i else {1, 2, 3})
+
+
+def test_an_error_after_another_names_that_one(of):
+  kill(of(2))
+  with pytest.raises(of.error):
+    of(1).leave(RuntimeError("Connection closed by peer\nand more"))
+  assert "process 2 (" in of.ended[1]
+  assert "(Connection closed by peer)" in of.ended[1]
+
+
+def test_an_error_of_its_own_is_told_and_the_others_name_it(of, capsys):
+  with pytest.raises(of.error):
+    of(1).leave(ValueError("wrong"))
+  assert of.ended[1] == "wrong"
+  assert "ValueError: wrong" in capsys.readouterr().err
+  kill(of(1))
+  assert look(of(0)) == "Ended" and "process 1 (" in of.ended[0]
+
+
+def test_a_write_that_has_failed_ends_it(of):
+  present = of(1)
+  present.trouble = lambda: OSError("No space left on device")
+  assert look(present) == "Ended"
+  assert "could not be written (No space left" in of.ended[1]
