@@ -77,6 +77,7 @@ ENGINES = {
   ),
   "local": Engine("local.sh.j2", ("bash",), 1, {"port": "12355", "setup": ""}),
 }
+_VENV = "~/dsv3-env"  # of a TPU's host
 _CORES = (
   "v2",
   "v3",
@@ -118,12 +119,6 @@ def script(
   if given.get("topology"):
     _check_slice("topology", given["topology"], nodes * devices)
   command = shlex.join(words)
-  prepare = (
-    'cd dsv3 && pip install -q -e . "jax[tpu]" && '
-    "sudo apt-get -qq install -y nfs-common && "
-    f"sudo mkdir -p {given.get('mount')} && "
-    f"sudo mount -t nfs {given.get('share')} {given.get('mount')}"
-  )
   name = re.sub(r"[^a-z0-9]+", "-", f"dsv3-{values.name}".lower()).strip("-")
   fields = {
     "title": f"{values.name} on {nodes} x {devices} devices, {mesh}",
@@ -136,7 +131,7 @@ def script(
     "nodes": nodes,
     "devices": devices,
     "options": given,
-    "prepare": prepare,
+    "prepare": _prepare(given.get("share"), given.get("mount")),
     "on_host": _on_host(command, nodes, given.get("port")),
     **given,
   }
@@ -243,6 +238,19 @@ def _check_slice(option: str, name: str, devices: int) -> None:
     )
 
 
+def _prepare(share: str | None, mount: str | None) -> str:
+  """What a TPU's host does before, once or again: code, packages, run folders."""
+  uv = "~/.local/bin/uv"
+  return (
+    "rm -rf dsv3 && mkdir dsv3 && tar -xzf dsv3.tgz -C dsv3 && "
+    "python3 -m pip install -q --user uv && "
+    f"{uv} venv -q --clear --python 3.12 {_VENV} && "
+    f'{uv} pip install -q --python {_VENV} -e dsv3 "jax[tpu]" && '
+    f"{{ mountpoint -q {mount} || {{ sudo apt-get -qq install -y nfs-common && "
+    f"sudo mkdir -p {mount} && sudo mount -t nfs {share} {mount}; }}; }}"
+  )
+
+
 def _on_host(command: str, nodes: int, port: str | None) -> str:
   """What a TPU's host runs."""
   metadata = (
@@ -250,7 +258,8 @@ def _on_host(command: str, nodes: int, port: str | None) -> str:
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes"
   )
   return (
-    f"cd dsv3 && id=$({metadata}/agent-worker-number) && "
+    f". {_VENV}/bin/activate && cd dsv3 && "
+    f"id=$({metadata}/agent-worker-number) && "
     f"first=$({metadata}/worker-network-endpoints | cut -d, -f1 | cut -d: -f3) && "
     f"{command} --coordinator=$first:{port} --process_id=$id "
     f"--num_processes={nodes}"

@@ -131,6 +131,39 @@ def test_a_run_that_does_not_fit_is_told_with_microbatches_that_do():
   assert "GB a device" in launch.forecast(config.build(tree), mesh, "h200")
 
 
+GCLOUD = """#!/bin/bash
+echo "$4" >> calls
+case "$4" in
+  describe) test -e slice ;;
+  create) touch slice ;;
+  scp) tar -tzf "$6" > sent ;;
+  ssh) for word in "$@"; do
+      case "$word" in --command=*) bash -n -c "${word#--command=}" ;; esac
+    done ;;
+esac
+"""
+
+
+def test_a_slice_is_made_once_and_sent_the_code_alone(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ("setup.py", "runs/tiny/checkpoint", ".venv/bin/python"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  tools = tmp_path / "tools"
+  tools.mkdir()
+  (tools / "gcloud").write_text(GCLOUD)
+  (tools / "gcloud").chmod(0o755)
+  monkeypatch.setenv("PATH", str(tools), prepend=":")
+  (tmp_path / "script.sh").write_text(script("tpu-vm"))
+  for _ in range(2):
+    subprocess.run(["bash", "script.sh"], check=True)
+  calls = (tmp_path / "calls").read_text().split()
+  assert calls == "describe create scp ssh ssh describe scp ssh ssh".split()
+  sent = (tmp_path / "sent").read_text().split()
+  assert "./setup.py" in sent
+  assert not [name for name in sent if "runs" in name or "venv" in name]
+
+
 STAND_IN = """if True:
   import pathlib, signal, sys, time
   words = dict(word.split("=") for word in sys.argv[1:])
