@@ -203,24 +203,27 @@ class Checkpoints:
   ) -> tuple[int, Trees, dict[str, Any]] | None:
     """The newest checkpoint that can be read; None if there is none at all.
 
-    A damaged one is reported and the one before it taken. With `set_aside` it
-    then moves to `damaged/` beside the checkpoints, for its step will be saved
-    again; it is never deleted. Where none can be read all stay: what ails them
-    may be the code.
+    One that any process finds damaged is reported and the one before it taken.
+    With `set_aside` it then moves to `damaged/` beside the checkpoints, for its
+    step will be saved again; it is never deleted. Where none can be read all
+    stay: what ails them may be the code.
     """
     failures, damaged = [], []
     for step in reversed(self.steps):
+      reason = ""
       try:
         found = self.restore(step, like)
-        break
       except CheckpointError:
         raise
       except Exception as error:  # Orbax and TensorStore raise many kinds
         _forget(error)
         reason = str(error).strip().split("\n")[0][:120]
-        failures.append(f"{self.folder / str(step)} ({reason})")
-        tell(f"damaged checkpoint: {failures[-1]}; trying the one before")
-        damaged.append(step)
+      if not processes.largest(bool(reason)):  # one may see what others do not
+        break
+      reason = reason or "as another process finds"
+      failures.append(f"{self.folder / str(step)} ({reason})")
+      tell(f"damaged checkpoint: {failures[-1]}; trying the one before")
+      damaged.append(step)
     else:
       if failures:
         raise CheckpointError(f"no checkpoint can be read: {failures[0]}")

@@ -227,8 +227,11 @@ def test_a_killed_process_is_named_and_the_next_start_goes_on(
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_set_aside_once(corpus, tmp_path):
-  """Both find it damaged, one moves it, and both go on from the one before."""
+@pytest.mark.parametrize("seen_by", ["both", "the second"])
+def test_a_damaged_newest_checkpoint_is_set_aside_once(
+  seen_by, corpus, tmp_path
+):
+  """One moves it, and both go on from the one before."""
   diff = {**corpus, **MESH, "train.steps": 4, "train.checkpoint_every": 1}
   config = micro.write_config(
     tmp_path / "c.py", {**diff, "train.checkpoints_kept": 3}
@@ -238,7 +241,14 @@ def test_a_damaged_newest_checkpoint_is_set_aside_once(corpus, tmp_path):
   texts = finish(started)
   assert [process.returncode for process in started] == [0, 0], texts
   for step in (3, 4):
-    damage(workdir / "checkpoints" / str(step))
+    saved = workdir / "checkpoints" / str(step)
+    if seen_by == "both":
+      damage(saved)
+      continue
+    written = [*(saved / "params").glob("ocdbt.process_1/d/*")]
+    assert written  # what the second wrote, and alone reads again
+    for path in written:
+      path.write_bytes(b"")
   again = start(config, workdir, 2)
   texts = finish(again)
   assert [process.returncode for process in again] == [0, 0], texts

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3.parallel import processes
 from dsv3.train import optimizer, state
 from dsv3.train.checkpoint import CheckpointError, Checkpoints
 from dsv3.train.trees import abstract, state_of, trees_of
@@ -128,6 +129,21 @@ def test_a_damaged_newest_falls_back_says_so_and_is_not_lost(tmp_path, start):
   checkpoints.save(3, trees_of(start), {})  # the step comes again
   checkpoints.wait()
   assert checkpoints.restore_newest(like(), pytest.fail)[0] == 3
+
+
+def test_what_another_process_finds_damaged_nobody_takes(
+  tmp_path, start, monkeypatch
+):
+  checkpoints, said, found = save_three(tmp_path, start), [], []
+
+  def largest(mine):
+    found.append(mine)
+    return max(mine, len(found) == 1)  # the other could not read the newest
+
+  monkeypatch.setattr(processes, "largest", largest)
+  assert checkpoints.restore_newest(like(), said.append)[0] == 2
+  assert found == [0, 0]
+  assert "3 (as another process finds)" in said[0]
 
 
 def test_a_missing_item_counts_as_damage(tmp_path, start):
