@@ -212,8 +212,9 @@ class Train:
   eval_every: int
   eval_batches: int  # held-out batches while training goes on
   final_eval_batches: int  # at the end and of `dsv3 eval`
-  checkpoint_every: int
+  checkpoint_every: int  # steps; and wherever the newest is older than
   checkpoints_kept: int
+  checkpoint_minutes: float = 30.0  # 0: not by time
 
 
 @dataclasses.dataclass(frozen=True)

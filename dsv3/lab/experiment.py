@@ -31,6 +31,7 @@ from dsv3.lab import sweep
 # Keys that change neither what a run computes nor what it is measured on.
 NEUTRAL = frozenset(
   "name data.cache train.log_every train.checkpoint_every "
+  "train.checkpoint_minutes "
   "train.checkpoints_kept train.max_skipped mesh.data mesh.fsdp mesh.expert "
   "mesh.context mesh.tensor mesh.stage mesh.expert_nodes mesh.expert_rows".split()
 )

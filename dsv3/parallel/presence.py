@@ -4,6 +4,7 @@ A collective whose partner is gone fails at once on some networks and waits for 
 on others, and so does whatever else the processes wait for together.
 """
 
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -21,6 +22,7 @@ from dsv3.errors import TOLD
 from dsv3.parallel import processes
 
 GRACE_SECONDS = 5  # for the error of a collective to come, and to be told
+LOCK_SECONDS = 60  # for the system to free the locks of a run that was killed
 _LOOK_SECONDS = 1
 _CLOSED = "ended with the others"
 _AFTER = "ended after "
@@ -41,15 +43,32 @@ class Presence:
     self._folder = pathlib.Path(workdir) / "processes"
     self._mine: IO | None = None
     self._closed = threading.Event()
-    self._blind = False  # and has said so
+    self._blind = False  # locks do not reach other hosts
+    self._told_blind = False
     self.trouble: Callable[[], BaseException | None] = lambda: None
     if jax.process_count() > 1:
       self._folder.mkdir(parents=True, exist_ok=True)
       self._mine = open(self._folder / str(jax.process_index()), "a+")
-      fcntl.flock(self._mine, fcntl.LOCK_EX)
+      self._lock()
       self._write(f"{socket.gethostname()}, pid {os.getpid()}")
       processes.wait_for_all("present")
+      if gone := self._gone(self._watched())[0]:  # though all are there
+        self._tell_blind(f"the lock of {gone[0]} is not seen on this host")
+        self._blind = True
+      processes.wait_for_all("seen")
       threading.Thread(target=self._look, daemon=True).start()
+
+  def _lock(self) -> None:
+    """Takes this process's file, which one that was killed may hold for a while."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+      try:
+        return fcntl.flock(self._mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        if time.monotonic() > deadline:
+          self._mine.seek(0)
+          _end(f"another run is in {self._folder.parent} ({self._mine.read()})")
+      time.sleep(0.5)
 
   def gone(self) -> list[str]:
     """Processes that have ended of themselves, as `process 1 (host, pid 7)`."""
@@ -58,7 +77,7 @@ class Presence:
   def _gone(self, some: Iterable[int]) -> tuple[list[str], bool]:
     """Those of some, or after whom these have ended; has one ended after another?"""
     found, followed = {}, False
-    for i in some if self._mine else ():
+    for i in some if self._mine and not self._blind else ():
       text = None if i == jax.process_index() else self._last_words(i)
       if text is None or text == _CLOSED:
         continue
@@ -77,13 +96,13 @@ class Presence:
     except BlockingIOError:
       return None
     except OSError as error:
-      self._tell_blind(error)
+      self._tell_blind(str(error))
       return None
 
-  def _tell_blind(self, error: OSError) -> None:
-    if not self._blind:
-      self._blind = True
-      text = f"processes that end cannot be seen in the run folder ({error})"
+  def _tell_blind(self, reason: str) -> None:
+    if not self._told_blind:
+      self._told_blind = True
+      text = f"processes that end cannot be seen in the run folder ({reason})"
       print(f"dsv3: {text}", file=sys.stderr, flush=True)
 
   def leave(self, error: BaseException) -> None:
@@ -115,10 +134,11 @@ class Presence:
     self._mine.write(text)
     self._mine.flush()
 
+  def _watched(self) -> Iterable[int]:
+    return [0] if jax.process_index() else range(1, jax.process_count())
+
   def _look(self) -> None:
-    first = jax.process_index() == 0
-    watched = range(1, jax.process_count()) if first else [0]
-    since = None
+    watched, since = self._watched(), None
     while not self._closed.wait(_LOOK_SECONDS):
       (gone, followed), error = self._gone(watched), self.trouble()
       since = (since or time.monotonic()) if gone or error else None
@@ -131,7 +151,10 @@ class Presence:
       self._follow(gone, "what was waited for with it cannot come")
 
   def _follow(self, gone: list[str], reason: str) -> None:
-    self._write(_AFTER + _AND.join(gone))
+    with contextlib.suppress(
+      OSError
+    ):  # a full disk; the others see for themselves
+      self._write(_AFTER + _AND.join(gone))
     _end(f"{', '.join(gone)} of the run ended without the others ({reason})")
 
 

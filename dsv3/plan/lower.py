@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from dsv3 import config
 from dsv3.errors import ConfigError, RunError
@@ -33,8 +34,16 @@ LARGE = 1 << 24  # bytes of an array from which on a surprise is one
 
 
 def prepare(target: str) -> None:
-  """Environment of a target; before JAX has looked for devices."""
+  """Environment of a target; before JAX has looked for devices.
+
+  Raises ConfigError for a target that is none, or where XLA's warnings are off.
+  """
   kind, n = _parse(target)
+  if (level := os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0")) not in ("0", "1"):
+    raise ConfigError(
+      f"TF_CPP_MIN_LOG_LEVEL in the environment: found {level}, wanted 0 or 1: "
+      "what the compiler warns of is read"
+    )
   if kind == "cpu":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", n[0])
@@ -100,7 +109,7 @@ def lower(values: config.Config, target: str, minutes: float = 30.0) -> Lowered:
     RunError: it takes more than `minutes`, and goes on behind the error.
   """
   where = layout.of_devices(values, devices(target))
-  with _stderr() as said, _own_names():
+  with _stderr() as said, _compiled_anew():
     traced, compiled, *seconds = _within(
       minutes, lambda: _compile(values, where, target)
     )
@@ -187,16 +196,17 @@ def _kernels_for(target: str, values: config.Config) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_names() -> Iterator[None]:
-  """In it a cache of programs gives none that differs in names only: a place is
-  read in them."""
-  option = "jax_compilation_cache_include_metadata_in_key"
-  before = getattr(jax.config, option)
-  jax.config.update(option, True)
+def _compiled_anew() -> Iterator[None]:
+  """In it JAX takes no program of its cache: such a one comes without the compiler's
+  warnings, and with the places of another that differs in names only."""
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # whether it is used is asked once
   try:
     yield
   finally:
-    jax.config.update(option, before)
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

@@ -11,12 +11,20 @@ class Clock:
     self.started, self._deadline, self._steps = started, started + limit, steps
     self._marks: list[tuple[float, int, int]] = []  # time, step, tokens
     self._pause = 0.0
+    self._saved = started
 
   def _now(self) -> float:
     return time.monotonic() - self._pause
 
   def is_over(self) -> bool:
     return time.monotonic() >= self._deadline
+
+  def has_saved(self) -> None:
+    """The newest checkpoint is of now."""
+    self._saved = time.monotonic()
+
+  def unsaved_minutes(self) -> float:
+    return (time.monotonic() - self._saved) / 60
 
   def tick(self, step: int, tokens: int) -> None:
     """Step `step` with `tokens` is done; the last 50 steps give the speed."""

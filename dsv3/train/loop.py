@@ -163,12 +163,17 @@ class _Trainer:
     shardings = trees_of(shardings, shardings.params if on_host else None)
     wanted = abstract(trees, shardings)
     found = self.checkpoints.restore_newest(wanted, print, set_aside=True)
-    self.done, self.sequences_ahead = 0, 0
+    self.done, self.sequences_ahead = found[0] if found else 0, 0
+    if processes.largest(self.done) != self.done:
+      raise ConfigError(
+        f"--workdir={self.workdir}: this process finds step {self.done} and another "
+        "a later one; the folder must be one that all see alike"
+      )
     if found is None:
       self.state = self._begin()
       average = self.state.params
     else:
-      self.done, trees, meta = found
+      _, trees, meta = found
       self.state, average = state_of(trees, like), trees.get("ema")
       self._remember(meta)
       identity.check_tokenizer(meta, self.tokenizer)
@@ -295,20 +300,21 @@ class _Trainer:
           self.host_ema.update(self.state.params)
         # All stop after the same step, whichever of them is told to. A signal that
         # comes while they agree is met after the next one.
-        signum, is_over = self._agreed(interrupts, clock.is_over())
+        signum, is_over, save = self._agreed(interrupts, clock)
         stop = signum or is_over
         last = stop or self.done == self.schedule.steps
-        if (
-          last or self._is_due("eval_every") or self._is_due("checkpoint_every")
-        ):
+        save = save or last or self._is_due("checkpoint_every")
+        if save or self._is_due("eval_every"):
           self._settle(*waiting, clock, last=last)
           waiting = None
           with clock.paused():
-            self._after_step(last, signum)
+            self._after_step(save, signum)
+          if save:
+            clock.has_saved()
         if stop:
           break
       self._tell_measured(clock.tokens_per_second())
-      signum = signum or self._agreed(interrupts)[0]
+      signum = signum or self._agreed(interrupts, clock)[0]
       score = None if signum else self._evaluate_at_the_end()
       self.checkpoints.wait()  # a signal now must not cut the last save short
     saved = self.checkpoints.steps
@@ -323,15 +329,19 @@ class _Trainer:
     )
 
   def _agreed(
-    self, interrupts: Interrupts, is_over: bool = False
-  ) -> tuple[int | None, bool]:
-    """A signal that any of the processes has had, or that its time is over.
+    self, interrupts: Interrupts, clock: Clock
+  ) -> tuple[int | None, bool, bool]:
+    """A signal that any of the processes has had, or that its time is over, or else
+    that its newest checkpoint is old.
 
-    All ask, once for both: the answer waits for the step that is running. With a
-    signal the time does not matter.
+    All ask, once for all three: the answer waits for the step that is running. What
+    comes first makes the others not matter.
     """
-    found = processes.largest(2 * (interrupts.signum or 0) + is_over)
-    return found // 2 or None, bool(found % 2)
+    minutes = self.values.train.checkpoint_minutes
+    is_old = 0 < minutes < clock.unsaved_minutes()
+    mine = 4 * (interrupts.signum or 0) + 2 * clock.is_over() + is_old
+    found = processes.largest(mine)
+    return found // 4 or None, bool(found & 2), bool(found & 1)
 
   def _watch(self, batch) -> None:
     found = self.watch.look(self.done, self.state, batch, self.progress.tell)
@@ -411,14 +421,13 @@ class _Trainer:
       f"{tokens_per_second / planned:.2f} of the plan's {planned:,.0f}"
     )
 
-  def _after_step(self, last: bool, signum: int | None) -> None:
-    """Evaluates and saves, if it is time; a signal gets no evaluation.
+  def _after_step(self, save: bool, signum: int | None) -> None:
+    """Evaluates, and saves if it is time; a signal gets no evaluation.
 
     What is saved is scored, or the best checkpoint would not be the best.
     """
-    save = last or self._is_due("checkpoint_every")
     score = None
-    if not signum and (save or self._is_due("eval_every")):
+    if not signum:
       score = self._evaluate("heldout", self.values.train.eval_batches)
     if save:
       self._save(score)

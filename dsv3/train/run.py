@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "train.eval_batches": "what is written down, not what is computed",
     "train.final_eval_batches": "what is written down, not what is computed",
     "train.checkpoint_every": "what is written down, not what is computed",
+    "train.checkpoint_minutes": "what is written down, not what is computed",
     "train.checkpoints_kept": "what is written down, not what is computed",
     "data.cache": "where the same tokens lie",
   }

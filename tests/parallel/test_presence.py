@@ -120,6 +120,40 @@ def test_an_error_of_its_own_is_told_and_the_others_name_it(of, capsys):
   assert look(of(0)) == "Ended" and "process 1 (" in of.ended[0]
 
 
+def test_though_it_cannot_be_written_down_it_ends(of, monkeypatch):
+  """A full disk."""
+  kill(of(2))
+  present = of(0)
+
+  def full(text):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(present, "_write", full)
+  assert look(present) == "Ended" and "process 2 (" in of.ended[0]
+
+
+def test_where_locks_reach_no_other_host_nobody_is_taken_for_gone(
+  of, monkeypatch, capsys, tmp_path
+):
+  """As on file systems whose locks are local: all can be taken, by all."""
+  monkeypatch.setattr(
+    presence.Presence, "_last_words", lambda self, i: "host, pid 7"
+  )
+  of(1)
+  present = presence.Presence(tmp_path / "local")
+  said = capsys.readouterr().err
+  assert "cannot be seen in the run folder (the lock of process 0 (host" in said
+  assert present.gone() == []
+
+
+def test_a_folder_that_another_run_has_is_told_soon(of, monkeypatch, tmp_path):
+  monkeypatch.setattr(presence, "LOCK_SECONDS", 0.1)
+  of(1)
+  with pytest.raises(of.error):
+    presence.Presence(tmp_path)
+  assert "another run is in" in of.ended[1] and "pid" in of.ended[1]
+
+
 def test_a_write_that_has_failed_ends_it(of):
   present = of(1)
   present.trouble = lambda: OSError("No space left on device")

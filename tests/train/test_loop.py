@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -330,6 +331,47 @@ def test_other_text_than_before_is_noticed(corpus, straight, tmp_path, capsys):
   assert "corpus: found" in capsys.readouterr().err
   loop.train(micro.config_of({**diff, "train.steps": 5}), workdir)
   assert "from here on the run reads other text" in capsys.readouterr().out
+
+
+def test_what_is_unsaved_for_long_is_saved_whatever_the_step(corpus, tmp_path):
+  """A step may take minutes, and a thousand of them days."""
+  diff = {"train.steps": 2, "train.checkpoint_every": 1000}
+  diff |= {"train.checkpoint_minutes": 1e-6, "train.checkpoints_kept": 2}
+  workdir = tmp_path / "run"
+  loop.train(micro.config_of({**corpus, **diff}), workdir)
+  assert Checkpoints(workdir / "checkpoints", read_only=True).steps == [1, 2]
+
+
+@pytest.mark.parametrize(
+  "signum, is_over, minutes, wanted",
+  [
+    (None, False, 29, (None, False, False)),
+    (None, False, 31, (None, False, True)),
+    (None, True, 29, (None, True, False)),
+    (signal.SIGTERM, False, 29, (signal.SIGTERM, False, False)),
+  ],
+)
+def test_what_one_process_wishes_all_do(
+  signum, is_over, minutes, wanted, monkeypatch
+):
+  """The other one has no wish."""
+  monkeypatch.setattr(loop.processes, "largest", lambda mine: max(mine, 0))
+  values = micro.config_of({"train.checkpoint_minutes": 30.0})
+  clock = types.SimpleNamespace(
+    is_over=lambda: is_over, unsaved_minutes=lambda: minutes
+  )
+  trainer = types.SimpleNamespace(values=values)
+  wish = types.SimpleNamespace(signum=signum)
+  assert loop._Trainer._agreed(trainer, wish, clock) == wanted
+
+
+def test_processes_that_see_other_checkpoints_do_not_begin(
+  corpus, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(loop.processes, "largest", lambda mine: mine + 4)
+  monkeypatch.setattr(Checkpoints, "restore_newest", lambda *_, **__: None)
+  with pytest.raises(ConfigError, match="finds step 0 and another a later one"):
+    loop.train(micro.config_of(corpus), tmp_path / "run")
 
 
 class Asked:
