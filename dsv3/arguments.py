@@ -162,6 +162,12 @@ def parser() -> argparse.ArgumentParser:
   sweep = add("sweep", "run the arms of an experiment that have no result yet")
   _add_experiment(sweep)
   sweep.add_argument(
+    "--seeds",
+    type=types.count,
+    metavar="N",
+    help="of every arm [SEEDS of sweep.py, or 3]",
+  )
+  sweep.add_argument(
     "--list", action="store_true", help="the runs and their states, no more"
   )
   sweep.add_argument(
@@ -195,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     type=types.settings,
     default={},
     metavar="KEY=VALUE,...",
-    help="of submitit: slurm_partition, timeout_min, gpus_per_node, ...",
+    help="of submitit: slurm_partition, timeout_min [720], gpus_per_node, ...",
   )
   sweep.add_argument(
     "--ray",
@@ -234,7 +240,10 @@ def parser() -> argparse.ArgumentParser:
     "--relative", action="store_true", help="curves of the relative loss error"
   )
   compare.add_argument(
-    "--out", metavar="DIR", help="for pictures and page [the experiment]"
+    "--out",
+    metavar="DIR",
+    help="for pictures and page [the experiment; with --metric, --baseline or "
+    "--match none are kept]",
   )
 
   fp8 = add("fp8-report", "what FP8 costs every Linear of a run: a map")
@@ -436,13 +445,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 def _add_experiment(command: argparse.ArgumentParser) -> None:
   command.add_argument("folder", metavar="experiments/NAME")
-  command.add_argument(
-    "--seeds",
-    type=types.count,
-    metavar="N",
-    help="of every arm [SEEDS of sweep.py, or 3]",
-  )
-  command.set_defaults(config=None)
+  command.set_defaults(config=None, seeds=None)
   command.epilog = (
     "any key of the base that no arm sets:  --config.train.steps=100"
   )

@@ -1,8 +1,10 @@
 """`dsv3 sweep` and `dsv3 compare`: run what a question asks, read the answer."""
 
 import argparse
+import functools
 import importlib.util
 import pathlib
+import tempfile
 from collections.abc import Sequence
 
 import jax
@@ -67,19 +69,34 @@ def compare(arguments: argparse.Namespace) -> None:
     )
     for metric in arguments.metric or asked.metrics
   ]
-  out = pathlib.Path(arguments.out or asked.folder)
-  _answer(asked, found, out, relative=arguments.relative or asked.relative)
+  answer = functools.partial(
+    _answer, asked, found, relative=arguments.relative or asked.relative
+  )
+  if arguments.out:
+    answer(pathlib.Path(arguments.out))
+  elif arguments.metric or arguments.baseline or arguments.match:
+    with (
+      tempfile.TemporaryDirectory() as folder
+    ):  # another question than its own
+      answer(pathlib.Path(folder), kept=False)
+  else:
+    answer(asked.folder)
 
 
-def _answer(asked, found, out: pathlib.Path, *, relative: bool) -> None:
+def _answer(
+  asked, found, out: pathlib.Path, *, relative: bool, kept: bool = True
+) -> None:
   """The tables, and the same as files."""
+  out.mkdir(parents=True, exist_ok=True)
   lines = comparing.whole(comparing.of_arms(asked)[0])
   if relative:
     found[0].notes.extend(curves.relative_notes(lines, found[0].baseline))
   if asked.answer:
     found[0].notes.extend(asked.answer(lines, out))
   print(table.plain(found), end="\n\n")
-  if importlib.util.find_spec("matplotlib"):
+  if not kept:
+    print("the experiment's own table and pictures stay; others: --out=DIR")
+  elif importlib.util.find_spec("matplotlib"):
     _write(asked, found, out, relative=relative)
   readme = asked.folder / "README.md"
   if out == asked.folder and table.into_readme(readme, table.markdown(found)):
@@ -88,7 +105,6 @@ def _answer(asked, found, out: pathlib.Path, *, relative: bool) -> None:
 
 def _write(asked, found, out: pathlib.Path, *, relative: bool) -> None:
   """Pictures and page."""
-  out.mkdir(parents=True, exist_ok=True)
   lines, _ = comparing.of_arms(asked)
   drawn = plots.draw_curves(found[0], lines, relative=relative)
   written = plots.save(drawn, out / "curves")

@@ -104,19 +104,16 @@ void Block(const float* x, const W* w, float* y, int64_t rows, int64_t in, int64
     }
 }
 
-// The sum of every column's lanes: columns of the result.
+// The sum of every column's lanes.
 template <int columns>
 std::array<float, columns> Sums(const Floats (&lanes)[columns]) {
-  Quad q[kRows] = {};
-  for (int c = 0; c < columns; ++c)
-    for (const Quad& part : Bits<std::array<Quad, kLanes / 4>>(lanes[c])) q[c] += part;
-  const Quad low = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) +
-                   __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
-  const Quad high = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) +
-                    __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-  const Quad sums = __builtin_shufflevector(low, high, 0, 1, 4, 5) +
-                    __builtin_shufflevector(low, high, 2, 3, 6, 7);
-  return At<std::array<float, columns>>(&sums);
+  std::array<float, columns> sums;
+  for (int c = 0; c < columns; ++c) {
+    Quad q = {};
+    for (const Quad& part : Bits<std::array<Quad, kLanes / 4>>(lanes[c])) q += part;
+    sums[c] = (q[0] + q[2]) + (q[1] + q[3]);
+  }
+  return sums;
 }
 
 // Dot products of some rows of x with some of w, all of length `in`.

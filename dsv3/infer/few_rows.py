@@ -60,7 +60,7 @@ def available() -> bool:
   """Is the kernel there, or can it be made?"""
   try:
     library = ctypes.CDLL(str(_compiled()))
-  except (OSError, subprocess.SubprocessError) as error:
+  except (OSError, RuntimeError, subprocess.SubprocessError) as error:
     said = getattr(error, "stderr", None) or str(error)
     _log.warning("decoding without kernels of our own: %s", said.strip())
     return False
@@ -71,16 +71,18 @@ def available() -> bool:
 
 
 def _compiled() -> pathlib.Path:
-  """The library for this source, jaxlib and processor.
+  """The library for this source, jaxlib and machine.
 
-  Raises OSError without a compiler, or CalledProcessError of one that fails.
+  Raises OSError without a compiler, RuntimeError without a home, CalledProcessError
+  of a compiler that fails.
   """
-  parts = _SOURCE.read_text(), jaxlib.__version__, *_FLAGS, _processor()
+  machine = _processor(), *platform.libc_ver()
+  parts = _SOURCE.read_text(), jaxlib.__version__, *_FLAGS, *machine
   digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
   library = _cache() / f"few_rows-{digest}.so"
   if not library.exists():
     compiler = _compiler()
-    _log.info("compiling %s with %s", _SOURCE.name, compiler)
+    _log.warning("%s is compiled, once here: some seconds", _SOURCE.name)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
       made = pathlib.Path(folder) / library.name
       include = f"-I{jax.ffi.include_dir()}"

@@ -83,8 +83,10 @@ def _quantile(values: np.ndarray, weights: np.ndarray, q: float) -> float:
 
 
 def verdict(found: Interval | None, *, lower_is_better: bool = True) -> str:
-  """`better`, `worse` or `not separable` than what was subtracted."""
-  if found is None or found.low <= 0 <= found.high:
+  """`better`, `worse` or `not separable`; without an interval there is none."""
+  if found is None:
+    return "no verdict"
+  if found.low <= 0 <= found.high:
     return "not separable"
   return "better" if (found.high < 0) == lower_is_better else "worse"
 

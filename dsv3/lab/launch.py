@@ -45,6 +45,7 @@ ENGINES = {
       "account": "",
       "qos": "",
       "setup": "",
+      "grace": "300",  # seconds to save in; more if a step takes minutes
     },
   ),
   "gke": Engine(
@@ -58,6 +59,7 @@ ENGINES = {
       "claim": REQUIRED,  # a volume that all pods write: the run folders
       "mount": "/runs",
       "restarts": "20",
+      "grace": "300",  # seconds to save in; more if a step takes minutes
       "port": "12355",
     },
   ),
@@ -118,7 +120,7 @@ def script(
     _check_slice("type", given["type"], nodes * devices)
   if given.get("topology"):
     _check_slice("topology", given["topology"], nodes * devices)
-  command = shlex.join(words)
+  command, log_file = shlex.join(words), f"{workdir.rstrip('/')}.log"
   name = re.sub(r"[^a-z0-9]+", "-", f"dsv3-{values.name}".lower()).strip("-")
   fields = {
     "title": f"{values.name} on {nodes} x {devices} devices, {mesh}",
@@ -132,7 +134,8 @@ def script(
     "devices": devices,
     "options": given,
     "prepare": _prepare(given.get("share"), given.get("mount")),
-    "on_host": _on_host(command, nodes, given.get("port")),
+    "on_host": _on_host(command, nodes, given.get("port"), log_file),
+    "log_file": log_file,
     **given,
   }
   environment = jinja2.Environment(
@@ -251,8 +254,8 @@ def _prepare(share: str | None, mount: str | None) -> str:
   )
 
 
-def _on_host(command: str, nodes: int, port: str | None) -> str:
-  """What a TPU's host runs."""
+def _on_host(command: str, nodes: int, port: str | None, log_file: str) -> str:
+  """What a TPU's host runs, and leaves running; the first one's words are kept."""
   metadata = (
     "curl -s -H Metadata-Flavor:Google "
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes"
@@ -261,6 +264,8 @@ def _on_host(command: str, nodes: int, port: str | None) -> str:
     f". {_VENV}/bin/activate && cd dsv3 && "
     f"id=$({metadata}/agent-worker-number) && "
     f"first=$({metadata}/worker-network-endpoints | cut -d, -f1 | cut -d: -f3) && "
-    f"{command} --coordinator=$first:{port} --process_id=$id "
-    f"--num_processes={nodes}"
+    f"log={shlex.quote(log_file)} && mkdir -p $(dirname $log) && "
+    "if [ $id != 0 ]; then log=$log.$id; fi && "
+    f"{{ nohup {command} --coordinator=$first:{port} --process_id=$id "
+    f"--num_processes={nodes} >>$log 2>&1 </dev/null & echo $! >~/dsv3.pid; }}"
   )

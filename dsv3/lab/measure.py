@@ -7,6 +7,7 @@ numbers come under `final` of its line.
 """
 
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -34,8 +35,10 @@ def main(folder: str, workdir: str) -> None:
   module = overlay.module_of(pathlib.Path(folder) / "sweep.py")
   found = module.measure(workdir)
   for name, value in found.items():
-    if not isinstance(value, (int, float)):
-      raise ConfigError(f"measure: {name}: found {value!r}, wanted a number")
+    if not (isinstance(value, (int, float)) and math.isfinite(value)):
+      raise ConfigError(
+        f"measure: {name}: found {value!r}, wanted a finite number"
+      )
   (pathlib.Path(workdir) / FILE).write_text(json.dumps(found))
 
 

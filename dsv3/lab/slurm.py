@@ -13,6 +13,8 @@ from typing import Any
 from dsv3.config import ConfigError
 from dsv3.lab.process import environment, on_node
 
+MINUTES = 720  # of a job, unless asked otherwise
+
 
 class Job:
   """A command on a node; asked for again when it is preempted or times out."""
@@ -45,7 +47,8 @@ def submit(
   """submitit's jobs, one a command; their logs are in `folder`.
 
   `parameters` are those of `submitit.AutoExecutor.update_parameters`, as
-  timeout_min, gpus_per_node, slurm_partition. `cluster` local: processes here.
+  timeout_min, gpus_per_node, slurm_partition; submitit's own limit of 5 minutes
+  would end most runs, and MINUTES are asked for. `cluster` local: processes here.
   Raises ConfigError without the package, without Slurm or for a parameter that
   there is not.
   """
@@ -58,7 +61,9 @@ def submit(
   try:
     executor = submitit.AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(
-      name=name, slurm_array_parallelism=at_once, **parameters
+      name=name,
+      slurm_array_parallelism=at_once,
+      **{"timeout_min": MINUTES, **parameters},
     )
   except (RuntimeError, NameError, ValueError, AssertionError) as error:
     reason = str(error).strip().split("\n")[0][:200]

@@ -178,6 +178,6 @@ def route_and_run(
     peers.total(load_E, "BL"),
     peers.total(count_BE, "L"),
     peers.total(mass_BE, "L"),
-    peers.total(moved, "BL"),
+    peers.total(moved, "BLF"),  # each with a part of F has whole rows sent
   )
   return y_TD.reshape(u_BLD.shape), traffic

@@ -5,6 +5,7 @@ from dsv3.lab.sweep import arms
 BASE = "base"
 BASELINE = "sequence"
 METRICS = ["loss", "max_vio"]
+SEEDS = range(6)
 
 
 def runs():

@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3.infer import cpu, few_rows
+from dsv3.infer import cpu
 from dsv3.nn import mla
+from tests.infer.test_few_rows import has_compiler
 
 MANY = cpu.MANY_ROWS
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "xla"])
 def alone(request):
-  if request.param and not few_rows.available():
+  if request.param and not has_compiler():
     pytest.skip("no C++ compiler here")
   return request.param
 

@@ -146,6 +146,21 @@ def test_a_cpu_keeps_experts_and_head_in_two_bytes_and_all_else_in_four():
   assert past.cache.layers[0].values().c_kv_BMC.dtype == jnp.bfloat16
 
 
+def test_a_step_multiplies_by_the_kernels_where_they_are(model):
+  """Every product of a step but the routers'."""
+  decoder = Decoder(model)
+  past = decoder.read([[1, 2, 3]], 4)
+  step = decoder.compiled(one_step)
+  text = step.lower(decoder.weights, past.cache, jnp.array([1])).as_text()
+  n_layers = model.model.n_layers
+  assert ("dsv3_scores" in text) == few_rows.available()
+  if few_rows.available():
+    assert text.count("dsv3_scores_float32") == 2 * n_layers
+    assert text.count("dsv3_grouped_float32") >= 9 * n_layers
+    n_routers = model.model.n_moe_layers
+    assert text.count("stablehlo.dot_general") == n_routers
+
+
 @pytest.mark.parametrize("n, wanted", [(1, 64), (65, 128), (513, 640)])
 def test_capacities_are_few(n, wanted):
   assert cache.round_up(n) == wanted

@@ -7,10 +7,23 @@ import pytest
 
 from dsv3.infer import few_rows
 
+
+def has_compiler() -> bool:
+  try:
+    return bool(few_rows._compiler())
+  except OSError:
+    return False
+
+
 needs_compiler = pytest.mark.skipif(
-  not few_rows.available(), reason="no C++ compiler here"
+  not has_compiler(), reason="no C++ compiler here"
 )
 WEIGHTS = "float32", "uint16"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+  few_rows.available()
 
 
 def normal(*shape, seed=0):
@@ -69,6 +82,23 @@ def test_every_row_of_a_group_meets_every_other(
 
 
 @needs_compiler
+def test_with_a_compiler_there_are_kernels():
+  assert few_rows.available()
+
+
+@needs_compiler
+def test_it_returns_when_all_threads_have_written():
+  """Of many calls, each on memory that held something else."""
+  x_AI, w_EIO = normal(3, 512), normal(1, 512, 6144, seed=1)
+  wanted = np.asarray(x_AI) @ np.asarray(w_EIO[0])
+  product = jax.jit(few_rows.grouped)
+  for _ in range(20):
+    found = np.asarray(product(x_AI, w_EIO, jnp.array([3])))
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
+    del found
+
+
+@needs_compiler
 def test_a_row_has_the_same_bits_alone_and_among_others():
   x_AI, w_EIO = normal(7, 40), normal(1, 40, 150, seed=1)
   together = few_rows.grouped(x_AI, w_EIO, jnp.array([7]))
@@ -92,6 +122,15 @@ def test_it_is_compiled_once(nothing_compiled, monkeypatch):
   monkeypatch.setattr(few_rows, "_processor", lambda: "another")
   with pytest.raises(pytest.fail.Exception, match="again"):
     few_rows._compiled()
+
+
+def test_without_a_home_xla_multiplies(monkeypatch, caplog):
+  def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.setattr(few_rows, "_cache", no_home)
+  assert not few_rows.available.__wrapped__()
+  assert "home directory" in caplog.text
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])

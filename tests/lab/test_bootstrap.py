@@ -31,7 +31,7 @@ def test_two_differences_reach_seventeen_times_as_far_as_they_lie():
 
 def test_one_difference_has_no_interval():
   assert bootstrap.interval([0.3]) is None
-  assert bootstrap.verdict(None) == "not separable"
+  assert bootstrap.verdict(None) == "no verdict"
   assert bootstrap.seeds_needed([0.3], 0.005) is None
 
 

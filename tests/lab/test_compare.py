@@ -174,7 +174,9 @@ def test_compare_writes_table_pictures_page_and_readme(place, capsys):
   trial.record(place, LOSSES)
   readme = place / "README.md"
   readme.write_text(f"# Why\n{table.BEGIN}\nold\n{table.END}\nVerdict: none.\n")
-  assert cli.main(["compare", str(place), "--metric=loss,max_vio"]) == 0
+  with open(place / "sweep.py", "a") as file:
+    file.write('\nMETRICS = ["loss", "max_vio"]\n')
+  assert cli.main(["compare", str(place)]) == 0
   said = capsys.readouterr().out
   assert "not separable" in said and "-0.0689 to +0.4689" in said
   text = readme.read_text()
@@ -189,6 +191,23 @@ def test_compare_writes_table_pictures_page_and_readme(place, capsys):
   lines, _ = compare.of_arms(asked)
   assert page.page(asked, found, lines) == before  # no date, no chance
   assert cli.main(["compare", str(place), "--metric=los"]) == 2
+
+
+def test_another_question_leaves_the_kept_answer_alone(place, capsys, tmp_path):
+  trial.record(place, LOSSES)
+  (place / "README.md").write_text(f"{table.BEGIN}\nold\n{table.END}\n")
+  before = {
+    path: path.read_bytes() for path in place.iterdir() if path.is_file()
+  }
+  for word in ("--metric=max_vio", "--baseline=b", "--match=flops"):
+    assert cli.main(["compare", str(place), word]) == 0
+    assert "stay; others: --out=DIR" in capsys.readouterr().out
+  assert before == {
+    path: path.read_bytes() for path in place.iterdir() if path.is_file()
+  }
+  words = ["compare", str(place), "--metric=max_vio"]
+  assert cli.main([*words, f"--out={tmp_path / 'new' / 'folder'}"]) == 0
+  assert (tmp_path / "new" / "folder" / "compare.html").exists()
 
 
 def test_an_experiment_may_ask_for_the_relative_error(place, capsys):

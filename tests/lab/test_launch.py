@@ -49,6 +49,8 @@ def test_slurm_has_a_task_a_gpu_and_a_signal_before_the_end():
   wanted = "nodes=2 ntasks-per-node=4 gpus-per-node=4 partition=gpu requeue"
   assert {f"#SBATCH --{word}" for word in wanted.split()} <= asked
   assert "#SBATCH --signal=TERM@300" in asked
+  long = script("slurm", options={"grace": "1200"})
+  assert "#SBATCH --signal=TERM@1200" in long
   assert not [line for line in lines if "account" in line]
   (run,) = [line for line in lines if line.startswith("srun ")]
   assert run.endswith(
@@ -134,11 +136,12 @@ def test_a_run_that_does_not_fit_is_told_with_microbatches_that_do():
 GCLOUD = """#!/bin/bash
 echo "$4" >> calls
 case "$4" in
-  describe) test -e slice ;;
-  create) touch slice ;;
+  describe) test -e slice && cat slice ;;
+  create) echo READY > slice ;;
+  delete) rm slice ;;
   scp) tar -tzf "$6" > sent ;;
   ssh) for word in "$@"; do
-      case "$word" in --command=*) bash -n -c "${word#--command=}" ;; esac
+      case "$word" in --command=*) bash -n -c "${word#--command=}" || exit ;; esac
     done ;;
 esac
 """
@@ -155,10 +158,16 @@ def test_a_slice_is_made_once_and_sent_the_code_alone(tmp_path, monkeypatch):
   (tools / "gcloud").chmod(0o755)
   monkeypatch.setenv("PATH", str(tools), prepend=":")
   (tmp_path / "script.sh").write_text(script("tpu-vm"))
-  for _ in range(2):
+
+  def calls():
+    (tmp_path / "calls").write_text("")
     subprocess.run(["bash", "script.sh"], check=True)
-  calls = (tmp_path / "calls").read_text().split()
-  assert calls == "describe create scp ssh ssh describe scp ssh ssh".split()
+    return (tmp_path / "calls").read_text().split()
+
+  assert calls() == "describe create scp ssh ssh ssh".split()
+  assert calls() == "describe scp ssh ssh ssh".split()
+  (tmp_path / "slice").write_text("PREEMPTED")
+  assert calls() == "describe delete create scp ssh ssh ssh".split()
   sent = (tmp_path / "sent").read_text().split()
   assert "./setup.py" in sent
   assert not [name for name in sent if "runs" in name or "venv" in name]

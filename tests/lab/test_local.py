@@ -64,6 +64,8 @@ def measure(workdir):
   import pathlib
   if "b-s1" in str(workdir):
     raise RuntimeError("no such thing")
+  if "a-s1" in str(workdir):
+    return {"length": float("nan")}
   return {"length": len(pathlib.Path(workdir, "metrics.jsonl").read_text())}
 
 def answer(lines, folder):
@@ -76,14 +78,15 @@ def test_an_experiment_measures_and_answers_more(place, monkeypatch, capsys):
   monkeypatch.setattr(process, "command", trial.command("train"))
   trial.write(place.parents[1], trial.SWEEP + MEASURE)
   _, board = launch(place, jobs=2)
-  assert (board.count("done"), board.count("failed")) == (3, 1)
+  assert (board.count("done"), board.count("failed")) == (2, 2)
   found = {(x["name"], x["seed"]): x for x in trial.lines(place)}
   assert found["a", 0]["final"]["length"] > 100
   assert found["a", 0]["final"]["loss"] == 4.4
   assert "no such thing (exit 1)" in found["b", 1]["error"]
+  assert "wanted a finite number" in found["a", 1]["error"]
   capsys.readouterr()
   assert cli.main(["compare", str(place)]) == 0
-  assert "2 lengths: " in capsys.readouterr().out
+  assert "1 lengths: " in capsys.readouterr().out
   assert (place / "own.txt").read_text() == "a b"
 
 

@@ -104,7 +104,8 @@ def batch():
 
 @functools.cache
 def compiled(items):
-  """(weights of terms) -> loss, term means, loads, biases, flat gradients."""
+  """(weights of terms) -> loss, term means, loads, biases, flat gradients, rows
+  that went to experts elsewhere."""
   values = micro.config_of({**BASE, **dict(items)})
   where = layout.of_run(values)
   flat = weights.random(values.model, std=0.1)
@@ -131,12 +132,12 @@ def compiled(items):
     )
     moved = step.update_router(state.router, sums.load_XE, 0.001)
     means = losses.means(sums.terms, count)
-    return loss, means, sums.load_XE, moved, grads
+    return loss, means, sums.load_XE, moved, grads, sums.moved_X
 
   program = jax.jit(
     run,
     in_shardings=(shardings, where.of_batch(), None),
-    out_shardings=(None, None, None, None, shardings.params),
+    out_shardings=(None, None, None, None, shardings.params, None),
   )
   return values, functools.partial(program, state, batch())
 
@@ -144,9 +145,9 @@ def compiled(items):
 @functools.cache
 def outcome(items, term):
   values, run = compiled(items)
-  loss, means, load_XE, moved, grads = run(ALONE[term])
+  loss, means, load_XE, moved, grads, rows = run(ALONE[term])
   to_flat = functools.partial(weights.to_oracle, model=values.model)
-  return loss, means, load_XE, to_flat(moved), to_flat(grads)
+  return loss, means, load_XE, to_flat(moved), to_flat(grads), rows
 
 
 def same(line, term) -> None:
@@ -191,3 +192,13 @@ def test_mesh_with_ragged_exchange_changes_nothing(line, monkeypatch):
   for term in ALONE:
     same(line, term)
   assert calls
+
+
+@pytest.mark.slow  # a program of two meshes
+def test_each_part_of_a_cut_expert_has_whole_rows_sent():
+  rows = lambda **mesh: (
+    outcome(tuple(sorted(diff_of(mesh).items())), "main")[5].inside_nodes
+  )
+  whole, cut = rows(expert=2), rows(expert=2, tensor=2)
+  assert whole.sum() > 0
+  np.testing.assert_array_equal(cut, 2 * whole)
