@@ -7,6 +7,7 @@ keeps and one or two tensors besides.
 """
 
 import collections
+import functools
 import json
 import math
 import pathlib
@@ -23,6 +24,9 @@ from dsv3.config import ConfigError
 from dsv3.hf import blocks, configs, names
 from dsv3.hf.files import Folder
 from dsv3.nn.transformer import Transformer, make_model, split
+from dsv3.parallel import mesh as meshes
+from dsv3.parallel import placement, sizes
+from dsv3.parallel import shardings as shardings_of
 
 _DROPPED = ".rotary_emb.inv_freq"  # older exports hold what is computed
 
@@ -240,10 +244,42 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
   return raw[first : first + size].view(dtype).reshape(shape)
 
 
-def load(folder: str | pathlib.Path, *, dtype: str = "float32") -> Transformer:
+def load(
+  folder: str | pathlib.Path,
+  *,
+  dtype: str = "float32",
+  mesh: config.Mesh | None = None,
+) -> Transformer:
   """The model of a folder of released weights, to be computed in `dtype`.
 
-  >>> from dsv3 import hf
-  >>> model = hf.load("/data/DeepSeek-V3")  # doctest: +SKIP
+  On a `mesh` every device is given its own part of every tensor and no more, and a
+  Decoder of the model decodes there; None is the first device. Raises ConfigError
+  for a folder that is not whole, or a mesh that cannot be.
+
+  >>> from dsv3 import config, hf
+  >>> on_eight = config.Mesh(expert=8)
+  >>> model = hf.load("/data/DeepSeek-V3", mesh=on_eight)  # doctest: +SKIP
   """
-  return nnx.merge(*parameters(open_source(folder, dtype), dtype=dtype))
+  source = open_source(folder, dtype)
+  if mesh is None:
+    return nnx.merge(*parameters(source, dtype=dtype))
+  found = sizes.resolve(mesh, jax.device_count())
+  sizes.check_model(found, source.values)
+  made = meshes.make(found)
+  build = functools.partial(
+    make_model, source.values.model, placement=placement.make(found, made)
+  )
+  graphdef, params, router = jax.eval_shape(
+    lambda: split(build(jax.random.key(0)))
+  )
+  where = (
+    shardings_of.weights(params, found, made),
+    shardings_of.everywhere(router, made),
+  )
+  named = {
+    path_text(path): sharding
+    for tree in where
+    for path, sharding in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  _, *weights = parameters(source, dtype=dtype, shardings=named)
+  return nnx.merge(graphdef, *weights)

@@ -1,6 +1,7 @@
 """Folders in and out: exact, whole or not at all, and every defect named."""
 
 import json
+import math
 import pathlib
 import shutil
 import struct
@@ -11,9 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3 import cli, hf
+from dsv3 import cli, config, hf
 from dsv3.config import ConfigError
 from dsv3.hf import blocks, files, imported, names, read, write
+from dsv3.infer import Sampling, generate
 from dsv3.nn import transformer
 from dsv3.train.restore import restore
 from tests import micro
@@ -114,6 +116,25 @@ def test_a_shard_is_filled_from_its_tensors_alone(folder):
   assert same(whole, sharded)
   experts = sharded[0]["moe"]["ffn"]["experts"]["w_gate_up"][...]
   assert experts.sharding == shardings["moe/ffn/experts/w_gate_up"]
+
+
+def test_a_folder_is_loaded_onto_a_mesh_and_decodes_there(folder):
+  """Every device has its part; the text is that of one."""
+  whole = hf.load(folder)
+  dealt = hf.load(folder, mesh=config.Mesh(expert=2, tensor=2))
+  assert same(weights(whole), weights(dealt))
+  experts = dealt.moe.ffn.experts.w_down[...]
+  assert len(experts.sharding.device_set) == 4
+  assert math.prod(experts.sharding.shard_shape(experts.shape)) * 4 == (
+    experts.size
+  )
+  one, four = (
+    generate(m, [[1, 2, 3]], max_tokens=4, sampling=Sampling(0.0))[0].tokens
+    for m in (whole, dealt)
+  )
+  assert one == four
+  with pytest.raises(ConfigError, match="config.mesh.expert"):
+    hf.load(folder, mesh=config.Mesh(expert=8, data=1))
 
 
 @pytest.mark.slow  # converts, evaluates, trains: the longest
