@@ -147,7 +147,7 @@ def test_a_signal_while_processes_agree_is_met_after_the_next_step(
 
   def largest(number):
     said.append(number)
-    if len(said) == 1:
+    if len(said) == 2:  # the first is the step that is restored
       os.kill(os.getpid(), signal.SIGTERM)
     return number
 
