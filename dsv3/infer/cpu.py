@@ -17,7 +17,10 @@ from dsv3.nn import mla
 from dsv3.ops import grouped
 from dsv3.ops.gemm import Gemm, of_products, plain
 
-MANY_ROWS = 64  # from here on a bfloat16 model has products of bfloat16
+# From here on a bfloat16 model has products of bfloat16, and rounds otherwise: more
+# than a step of decoding has, lest a text depend on how many there are.
+MANY_ROWS = 512
+ROWS = 64  # of an expert on average, as many
 # Weights of an expert that stay in a core's cache while rows go by. Of 98K the kernel
 # takes half of XLA's time at 128 rows, of 2.9M and more up to twice as long.
 SMALL = 1 << 18
@@ -44,7 +47,7 @@ def gemm(dtype: str, *, alone: bool) -> Gemm:
 
   def grouped_dot(x_AI, w_EIPO, load_E):
     w_EIO = w_EIPO.reshape(*w_EIPO.shape[:2], -1)
-    few = len(x_AI) < MANY_ROWS * len(load_E)
+    few = len(x_AI) < ROWS * len(load_E)
     small = w_EIO[0].size <= SMALL and not rounds
     if kernel and (few or small):
       y_AO = few_rows.grouped(x_AI, w_EIO, jnp.cumsum(load_E))

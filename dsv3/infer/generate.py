@@ -48,7 +48,7 @@ def stream(
 
   A stop token is yielded and then ends its sequence. What is drawn for a
   sequence depends on the seed and its place among the prompts, not on how many
-  others there are; on a CPU a bfloat16 model rounds otherwise from 64 rows in a
+  others there are; on a CPU a bfloat16 model rounds otherwise from 512 rows in a
   run on (sequences times tokens), and a text may turn there.
 
   Args:

@@ -117,7 +117,7 @@ def memory(
     on_cpu: adds what is particular to XLA's CPU.
     capacity: bytes of the device.
   """
-  a, m, s = model.attention, model.moe, count.sizes(model)
+  a, m = model.attention, model.moe
   parts = weight_bytes(model, unit, drafts)
   parts["cache"] = sequences * cache_bytes(model, unit, context)
   if "MTP module" in parts:
@@ -131,7 +131,6 @@ def memory(
     parts["exchange"] = tokens * rows * model.dim * (sent + network.COMBINE)
   if chunk == 1:
     working = 3 * sequences * a.n_heads * context
-    working += 2 * s.expert if on_cpu else 0
   else:
     # Keys, values and their blocks; queries and outputs; rows of experts.
     past = sequences * context * a.n_heads * (head + a.v_dim)
@@ -141,8 +140,8 @@ def memory(
     own = tokens * a.n_heads * (head + a.v_dim)
     working = 1.4 * past + 2.2 * own + 2.1 * rows + 4 * tokens * model.dim
   working *= 4
-  if on_cpu and unit.cache != "float32" and chunk == 1:
-    # A layer's cache is widened before it is multiplied.
+  if on_cpu and "float8" in unit.cache and chunk == 1:
+    # A layer's cache is widened before it is multiplied; bfloat16 is read as it is.
     wide = count.cache_bytes_per_token(model, "float32")["mla"]
     working += sequences * context * wide / model.n_layers
   parts["working"] = working

@@ -49,7 +49,7 @@ def test_operands_are_rounded_where_that_is_fast_and_sums_are_not(
   np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("n_rows", [6, 4 * MANY])
+@pytest.mark.parametrize("n_rows", [6, 4 * cpu.ROWS])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_rows_of_experts(n_rows, dtype, alone):
   """Of four, in a few rows and in many; rows past the load give zeros."""

@@ -124,7 +124,8 @@ def test_decoder_takes_what_xla_says(dtype, chunk):
     length_B = np.full(n_sequences, chunk, np.int32)
     read = one.compiled(decoder.read_chunk, "past")
     program = read.lower(one.weights, past, rows_BL, length_B, 0)
-  # Of bfloat16 a CPU keeps experts and head (infer/cpu.py): most weights.
+  # Of bfloat16 a CPU keeps experts and head (infer/cpu.py): most weights. Planned is
+  # with the kernels of a C++ compiler (infer/few_rows.py).
   precision = {"float32": "float32", "bfloat16": "bf16"}[dtype]
   alone = unit.Unit(1, precision=precision, cache=dtype)
   planned = unit.memory(
