@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <thread>
 #include <utility>
 
 #include "xla/ffi/api/ffi.h"
@@ -161,7 +162,7 @@ void Parallel(ffi::ThreadPool pool, int64_t total, Task task) {
     pool.Schedule(std::move(helper));
   }
   work();
-  while (progress->done.load() < total) continue;
+  while (progress->done.load() < total) std::this_thread::yield();  // one may have no core
 }
 
 // x [A, I], w [E, I, O], upto [E] (the rows of the groups up to each), y [A, O].
