@@ -212,9 +212,9 @@ class Train:
   eval_every: int
   eval_batches: int  # held-out batches while training goes on
   final_eval_batches: int  # at the end and of `dsv3 eval`
-  checkpoint_every: int  # steps; and wherever the newest is older than
+  checkpoint_every: int  # steps
   checkpoints_kept: int
-  checkpoint_minutes: float = 30.0  # 0: not by time
+  checkpoint_minutes: float = 30.0  # since the newest one; 0: by steps alone
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,8 +133,8 @@ _MAY_BE_ZERO = frozenset(
   "mtp_weight_tokens bias_speed bias_speed_tokens balance_weight z_weight "
   "batch_ramp_tokens lr_last_tokens lr_constant_tokens lr_cosine_tokens "
   "lr_end lr_last seed steps max_minutes ema_decay max_skipped eval_every "
-  "eval_batches final_eval_batches checkpoint_every checkpoint_minutes b1 b2 report_every "
-  "guard".split()
+  "eval_batches final_eval_batches checkpoint_every checkpoint_minutes b1 b2 "
+  "report_every guard".split()
 )
 _SHARES = frozenset("fim_rate split_rate heldout ema_decay b1 b2".split())
 

@@ -75,9 +75,8 @@ def compare(arguments: argparse.Namespace) -> None:
   if arguments.out:
     answer(pathlib.Path(arguments.out))
   elif arguments.metric or arguments.baseline or arguments.match:
-    with (
-      tempfile.TemporaryDirectory() as folder
-    ):  # another question than its own
+    # Another question than the experiment's own.
+    with tempfile.TemporaryDirectory() as folder:
       answer(pathlib.Path(folder), kept=False)
   else:
     answer(asked.folder)

@@ -123,11 +123,7 @@ def parameters(
   source = read.open_source(folder_of(workdir))
   check_fits(model, source.values.model, str(workdir))
   dtype = _stored_type(source) if as_stored else "float32"
-  named = {
-    read.path_text(path): sharding
-    for tree in (shardings or {}).values()
-    for path, sharding in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  named = read.by_path(*(shardings or {}).values())
   _, *trees = read.parameters(source, dtype=dtype, shardings=named)
   graphdef, *_ = _abstract(model)
   return graphdef, *trees

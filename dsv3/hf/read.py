@@ -187,6 +187,15 @@ def parameters(
   return graphdef, params, router
 
 
+def by_path(*trees: Any) -> dict[str, Any]:
+  """The leaves of trees by their paths, as `parameters` names them."""
+  return {
+    path_text(path): leaf
+    for tree in trees
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
 def path_text(path) -> str:
   """A leaf's path as `Part.path` writes it."""
   keys = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
@@ -272,14 +281,9 @@ def load(
   graphdef, params, router = jax.eval_shape(
     lambda: split(build(jax.random.key(0)))
   )
-  where = (
+  where = by_path(
     shardings_of.weights(params, found, made),
     shardings_of.everywhere(router, made),
   )
-  named = {
-    path_text(path): sharding
-    for tree in where
-    for path, sharding in jax.tree_util.tree_leaves_with_path(tree)
-  }
-  _, *weights = parameters(source, dtype=dtype, shardings=named)
+  _, *weights = parameters(source, dtype=dtype, shardings=where)
   return nnx.merge(graphdef, *weights)
