@@ -22,19 +22,16 @@ from dsv3.data.batches import Batches
 from dsv3.data.prefetch import prefetch
 from dsv3.errors import RunError
 from dsv3.eval import bpb
-from dsv3.hf import imported
-from dsv3.nn import precision
 from dsv3.parallel import processes
 from dsv3.parallel.presence import Presence
 from dsv3.plan import chips, count, here
-from dsv3.train import feed, identity, layout, program, run, schedule, state
+from dsv3.train import begin, feed, identity, layout, program, run, schedule
 from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.clock import Clock
 from dsv3.train.ema import HostEma
 from dsv3.train.interrupt import Interrupts
 from dsv3.train.logs import MetricsLog, Progress, Silence, keep_until
-from dsv3.train.restore import start_from
-from dsv3.train.trees import abstract, state_of, trees_of
+from dsv3.train.trees import trees_of
 from dsv3.train.watch import Watch
 
 
@@ -129,7 +126,16 @@ class _Trainer:
       raise ConfigError(
         f"--workdir={workdir}: found checkpoints without their config.json"
       )
-    self._restore()
+    begun = begin.begin(
+      values, workdir, self.checkpoints, self.program, self.data
+    )
+    self.done, self.state, average = begun.done, begun.state, begun.average
+    # A run may go on with more steps, which moves the stairs of a batch ramp; the
+    # data still goes on from the first sequence not yet seen.
+    planned = self.schedule.first_sequence(self.done)
+    self.sequences_ahead = begun.sequences - planned
+    decay = values.train.ema_decay
+    self.host_ema = HostEma(average, decay) if begin.on_host(values) else None
     if self.done > self.schedule.steps:
       raise ConfigError(
         f"config.train.steps: found {self.schedule.steps}, wanted at least "
@@ -153,72 +159,6 @@ class _Trainer:
     if not max(train_values.eval_batches, train_values.final_eval_batches):
       return None
     return Batches(self.values, 0, "heldout")
-
-  def _restore(self) -> None:
-    """State, step and data position: from the newest checkpoint, or new."""
-    train_values, like = self.values.train, self.program.like
-    on_host = train_values.ema_decay > 0 and train_values.ema_place == "host"
-    trees = trees_of(like, like.params if on_host else None)
-    shardings = self.program.shardings
-    shardings = trees_of(shardings, shardings.params if on_host else None)
-    wanted = abstract(trees, shardings)
-    found = self.checkpoints.restore_newest(wanted, print, set_aside=True)
-    self.done, self.sequences_ahead = found[0] if found else 0, 0
-    if processes.largest(self.done) != self.done:
-      raise ConfigError(
-        f"--workdir={self.workdir}: this process finds step {self.done} and another "
-        "a later one; the folder must be one that all see alike"
-      )
-    if found is None:
-      self.state = self._begin()
-      average = self.state.params
-    else:
-      _, trees, meta = found
-      self.state, average = state_of(trees, like), trees.get("ema")
-      self._remember(meta)
-      identity.check_tokenizer(meta, self.tokenizer)
-      if change := identity.other_text(meta, self.data):
-        print(f"{change}: from here on the run reads other text")
-      # A run may go on with more steps, which moves the stairs of a batch
-      # ramp; the data still goes on from the first sequence not yet seen.
-      planned = self.schedule.first_sequence(self.done)
-      self.sequences_ahead = meta["sequences"] - planned
-    decay = train_values.ema_decay
-    self.host_ema = HostEma(average, decay) if on_host else None
-
-  def _begin(self) -> state.TrainState:
-    """The state before the first step: with weights that are given, or drawn."""
-    model, other = self.values.model, self.values.train.start_from
-    if other and imported.is_there(self.workdir):
-      raise ConfigError(
-        f"config.train.start_from: found {other}, wanted none: "
-        f"{self.workdir} has imported weights"
-      )
-    where = self.program.shardings
-    place = {"params": where.params, "router": where.router}
-    if imported.is_there(self.workdir):
-      _, *weights = imported.parameters(self.workdir, model, shardings=place)
-    elif other:
-      weights = start_from(other, model, place)
-    else:
-      create = lambda: self.program.create()[1]
-      return jax.jit(create, out_shardings=where)()
-    make = functools.partial(state.of_weights, self.values, self.program.adam)
-    return jax.jit(make, out_shardings=where)(*weights)
-
-  def _remember(self, meta: dict[str, Any]) -> None:
-    """Tells what a recipe or a guard forgets that was not the run's so far."""
-    if self.state.precision.history is None:
-      print("precision: the recipe's scales start anew")
-    self.state = state.with_memory(self.state, self.values.model)
-    if self.state.precision.high:
-      return
-    before = self.checkpoints.stored(self.done, "guarded", meta)
-    if names := precision.names_of(before):
-      print(
-        "precision: without a guard that keeps them high, these are quantised "
-        f"again unless precision.high names them: {', '.join(names)}"
-      )
 
   def _greet(self, changed: dict[str, tuple[Any, Any]]) -> None:
     for key, (old, new) in changed.items():
