@@ -240,16 +240,19 @@ class _Trainer:
           self.host_ema.update(self.state.params)
         # All stop after the same step, whichever of them is told to. A signal that
         # comes while they agree is met after the next one.
-        signum, is_over, save = self._agreed(interrupts, clock)
+        signum, is_over, is_old = self._agreed(interrupts, clock)
         stop = signum or is_over
         last = stop or self.done == self.schedule.steps
-        save = save or last or self._is_due("checkpoint_every")
-        if save or self._is_due("eval_every"):
+        due = last or self._is_due("checkpoint_every")
+        scored = due or self._is_due("eval_every")
+        if scored or is_old:
           self._settle(*waiting, clock, last=last)
           waiting = None
           with clock.paused():
-            self._after_step(save, signum)
-          if save:
+            score = self._heldout_score() if scored and not signum else None
+            if due or is_old:
+              self._save(score)
+          if (due or is_old) and not self.skipped:
             clock.has_saved()
         if stop:
           break
@@ -361,16 +364,13 @@ class _Trainer:
       f"{tokens_per_second / planned:.2f} of the plan's {planned:,.0f}"
     )
 
-  def _after_step(self, save: bool, signum: int | None) -> None:
-    """Evaluates, and saves if it is time; a signal gets no evaluation.
+  def _heldout_score(self) -> bpb.Score | None:
+    """Of what is saved at its step, or the best checkpoint would not be the best.
 
-    What is saved is scored, or the best checkpoint would not be the best.
+    A signal gets none, nor what is saved by the clock: which scores a run has must
+    not depend on how fast it goes.
     """
-    score = None
-    if not signum:
-      score = self._evaluate("heldout", self.values.train.eval_batches)
-    if save:
-      self._save(score)
+    return self._evaluate("heldout", self.values.train.eval_batches)
 
   def _evaluate_at_the_end(self) -> bpb.Score | None:
     """On more text than in between; a signal is not heeded any more."""

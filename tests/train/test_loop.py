@@ -340,6 +340,8 @@ def test_what_is_unsaved_for_long_is_saved_whatever_the_step(corpus, tmp_path):
   workdir = tmp_path / "run"
   loop.train(micro.config_of({**corpus, **diff}), workdir)
   assert Checkpoints(workdir / "checkpoints", read_only=True).steps == [1, 2]
+  scored = [x for x in read_metrics(workdir) if "heldout/loss" in x]
+  assert [x["step"] for x in scored] == [2]  # the last, whatever the clock says
 
 
 @pytest.mark.parametrize(
