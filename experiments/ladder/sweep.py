@@ -5,7 +5,7 @@ import pathlib
 from dsv3.lab import ladder
 
 BASE = str(pathlib.Path(__file__).parent / "base.py")
-SEEDS = range(1)
+SEEDS = range(3)
 BUDGETS = (1.25e11, 2.5e11, 5e11)  # training FLOPs
 
 
