@@ -6,6 +6,7 @@ and the best sizes over the budgets give the exponent (arXiv 2203.15556,
 approach 2; DeepSeek LLM, arXiv 2401.02954, Sec. 3.2, counts FLOPs a token as here).
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -17,6 +18,7 @@ import numpy as np
 
 from dsv3 import config, overlay
 from dsv3.config import ConfigError
+from dsv3.lab import bootstrap
 from dsv3.lab.results import Line
 from dsv3.lab.sweep import Sweep
 from dsv3.plan import count
@@ -131,9 +133,25 @@ def answer(
 ) -> list[str]:
   """What the runs of a `ladder` say, as notes, and the law's picture in `folder`.
 
-  `lines` are results by arm; seeds of an arm are averaged. A budget without a
-  least loss among its sizes is in no law; that, and a law without two, is said.
+  `lines` are results by arm; seeds of an arm are averaged, and each alone has an
+  exponent, whose interval is said. A budget without a least loss among its sizes is
+  in no law; that, and a law without two, is said.
   """
+  budgets = list(budgets)
+  rungs, notes = _rungs(lines, budgets)
+  try:
+    law = fit(rungs)
+  except ConfigError as error:
+    return [*notes, f"{error}."]
+  draw(law).savefig(folder / "law.png", dpi=130)
+  said = f"Best size: {law.coefficient:.3g} x FLOPs^{law.exponent:.2f}"
+  return [*notes, f"{said}{_of_seeds(lines, budgets)}."]
+
+
+def _rungs(
+  lines: Mapping[str, Sequence[Line]], budgets: Sequence[float]
+) -> tuple[list[Rung], list[str]]:
+  """Those with their best size between the sizes, and a note of each budget."""
   rungs, notes = [], []
   for budget in budgets:
     mine = [v for name, v in lines.items() if name.startswith(_arm(budget, ""))]
@@ -153,15 +171,26 @@ def answer(
       f"{budget:.3g} FLOPs: best at {one.best:.3g} FLOPs a token, loss "
       f"{one.best_loss:.3f}."
     )
-  try:
-    law = fit(rungs)
-  except ConfigError as error:
-    return [*notes, f"{error}."]
-  draw(law).savefig(folder / "law.png", dpi=130)
-  return [
-    *notes,
-    f"Best size: {law.coefficient:.3g} x FLOPs^{law.exponent:.2f}.",
-  ]
+  return rungs, notes
+
+
+def _of_seeds(
+  lines: Mapping[str, Sequence[Line]], budgets: Sequence[float]
+) -> str:
+  """The exponents of seeds that have all arms, each through its own losses."""
+  seeds = set.intersection(*({x["seed"] for x in v} for v in lines.values()))
+  found = []
+  for seed in sorted(seeds) if len(seeds) > 1 else ():
+    own = {k: [x for x in v if x["seed"] == seed] for k, v in lines.items()}
+    with contextlib.suppress(ConfigError):  # it has no law
+      found.append(fit(_rungs(own, budgets)[0]).exponent)
+  if (spread := bootstrap.interval(found)) is None:
+    return ""
+  alone = ", ".join(f"{x:.2f}" for x in found)
+  return (
+    f"; {len(found)} of {len(seeds)} seeds alone: {alone}, of whose mean the 95% "
+    f"interval is {spread.low:.2f} to {spread.high:.2f}"
+  )
 
 
 def _arm(budget: float, size: str) -> str:

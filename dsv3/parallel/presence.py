@@ -5,7 +5,6 @@ on others, and so does whatever else the processes wait for together.
 """
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import socket
@@ -19,14 +18,11 @@ from typing import IO
 import jax
 
 from dsv3.errors import TOLD
-from dsv3.parallel import processes
+from dsv3.parallel import locks, processes
 
 GRACE_SECONDS = 5  # for the error of a collective to come, and to be told
 LOCK_SECONDS = 60  # for the system to free the locks of a run that was killed
 _LOOK_SECONDS = 1
-_CLOSED = "ended with the others"
-_AFTER = "ended after "
-_AND = " and "
 
 
 class Presence:
@@ -36,12 +32,14 @@ class Presence:
   file. All make one together, and from there on each ends soon after another, or
   after an error of `trouble`: of that no caller is told while all wait for each
   other. The first process looks at all the others and they at the first: one that
-  ends after another writes down after whom.
+  ends after another writes down after whom. Without the first JAX may end them before
+  they have looked; then a `locks.Teller` tells it.
   """
 
   def __init__(self, workdir: str | pathlib.Path):
     self._folder = pathlib.Path(workdir) / "processes"
     self._mine: IO | None = None
+    self._teller: locks.Teller | None = None
     self._closed = threading.Event()
     self._blind = False  # locks do not reach other hosts
     self._told_blind = False
@@ -50,24 +48,24 @@ class Presence:
       self._folder.mkdir(parents=True, exist_ok=True)
       self._mine = open(self._folder / str(jax.process_index()), "a+")
       self._lock()
-      self._write(f"{socket.gethostname()}, pid {os.getpid()}")
+      locks.write(self._mine, f"{socket.gethostname()}, pid {os.getpid()}")
       processes.wait_for_all("present")
       if gone := self._gone(self._watched())[0]:  # though all are there
         self._tell_blind(f"the lock of {gone[0]} is not seen on this host")
         self._blind = True
+      elif jax.process_index():
+        self._teller = locks.Teller(self._folder / "0")
       processes.wait_for_all("seen")
       threading.Thread(target=self._look, daemon=True).start()
 
   def _lock(self) -> None:
     """Takes this process's file, which one that was killed may hold for a while."""
     deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-      try:
-        return fcntl.flock(self._mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        if time.monotonic() > deadline:
-          self._mine.seek(0)
-          _end(f"another run is in {self._folder.parent} ({self._mine.read()})")
+    while not locks.hold(self._mine):
+      if time.monotonic() > deadline:
+        self._mine.seek(0)
+        text = f"another run is in {self._folder.parent} ({self._mine.read()})"
+        self._end(text)
       time.sleep(0.5)
 
   def gone(self) -> list[str]:
@@ -78,23 +76,16 @@ class Presence:
     """Those of some, or after whom these have ended; has one ended after another?"""
     found, followed = {}, False
     for i in some if self._mine and not self._blind else ():
-      text = None if i == jax.process_index() else self._last_words(i)
-      if text is None or text == _CLOSED:
-        continue
-      names = [f"process {i} ({text})"]
-      if text.startswith(_AFTER):
-        names, followed = text.removeprefix(_AFTER).split(_AND), True
+      words = None if i == jax.process_index() else self._last_words(i)
+      names, others = locks.gone(i, words)
       found |= dict.fromkeys(names)
+      followed = followed or others
     return list(found), followed
 
   def _last_words(self, i: int) -> str | None:
     """What the file of a process says that is gone; None while it is there."""
-    try:  # NFS locks what is open for writing alone
-      with open(self._folder / str(i), "r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file.read()
-    except BlockingIOError:
-      return None
+    try:
+      return locks.last_words(self._folder / str(i))
     except OSError as error:
       self._tell_blind(str(error))
       return None
@@ -120,19 +111,16 @@ class Presence:
       time.sleep(0.1)
     if not isinstance(error, (*TOLD, KeyboardInterrupt)):
       traceback.print_exception(error)
-    _end(_line(error))
+    self._end(_line(error))
 
   def close(self) -> None:
     """Ends with the others: nobody is to follow."""
     self._closed.set()
     if self._mine:
-      self._write(_CLOSED)
+      locks.write(self._mine, locks.CLOSED)
       self._mine.close()
-
-  def _write(self, text: str) -> None:
-    self._mine.truncate(0)
-    self._mine.write(text)
-    self._mine.flush()
+    if self._teller:
+      self._teller.dismiss()
 
   def _watched(self) -> Iterable[int]:
     return [0] if jax.process_index() else range(1, jax.process_count())
@@ -147,25 +135,25 @@ class Presence:
       if not followed and time.monotonic() - since < GRACE_SECONDS:
         continue
       if error:  # the others will find this process gone
-        _end(f"a checkpoint could not be written ({_line(error)})")
+        self._end(f"a checkpoint could not be written ({_line(error)})")
       self._follow(gone, "what was waited for with it cannot come")
 
   def _follow(self, gone: list[str], reason: str) -> None:
     with contextlib.suppress(
       OSError
-    ):  # a full disk; the others see for themselves
-      self._write(_AFTER + _AND.join(gone))
-    _end(f"{', '.join(gone)} of the run ended without the others ({reason})")
+    ):  # a full disk; the others see it themselves
+      locks.write(self._mine, locks.after(gone))
+    self._end(locks.ended(gone, reason))
+
+  def _end(self, text: str) -> None:
+    """At once: what waits for the others at the end of a program hangs."""
+    try:
+      print(f"dsv3: error: {text}; {locks.AGAIN}", file=sys.stderr, flush=True)
+    finally:  # though it cannot be told, on a full disk
+      if self._teller:
+        self._teller.dismiss()
+      os._exit(1)
 
 
 def _line(error: BaseException) -> str:
   return str(error).strip().split("\n")[0][:120] or type(error).__name__
-
-
-def _end(text: str) -> None:
-  """At once: what waits for the others at the end of a program hangs."""
-  again = "the same command goes on from the newest checkpoint"
-  try:
-    print(f"dsv3: error: {text}; {again}", file=sys.stderr, flush=True)
-  finally:  # though it cannot be told, on a full disk
-    os._exit(1)

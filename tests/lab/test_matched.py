@@ -113,10 +113,22 @@ def test_runs_of_a_ladder_answer_with_a_law(tmp_path):
   for budget, shift in ((1e12, 1), (4e12, 2)):
     for size in loss:
       of = {**line(size, shift), "flops": 1e6 * size * shift}
-      lines[f"{budget:.3g}-d{size}".replace("+", "")] = [of, of]
+      of = [{**of, "seed": seed} for seed in (0, 1)]
+      lines[f"{budget:.3g}-d{size}".replace("+", "")] = of
   notes = ladder.answer(lines, (1e12, 4e12), tmp_path)
   assert "1e+12 FLOPs: best at 2e+06 FLOPs a token, loss 2.000." in notes
-  assert notes[-1].endswith("x FLOPs^0.50.")  # twice the size, four the budget
+  law = "x FLOPs^0.50"  # twice the size, four the budget
+  assert notes[-1].endswith(
+    f"{law}; 2 of 2 seeds alone: 0.50, 0.50, of whose mean the 95% interval is "
+    "0.50 to 0.50."
+  )
+  lines["4e12-d4"][1]["final"] = {"loss": 1.05}  # one seed likes it larger
+  assert (
+    "2 of 2 seeds alone: 0.50, 0.58, of"
+    in (ladder.answer(lines, (1e12, 4e12), tmp_path)[-1])
+  )
+  alone = {name: v[:1] for name, v in lines.items()}
+  assert ladder.answer(alone, (1e12, 4e12), tmp_path)[-1].endswith(f"{law}.")
   assert (tmp_path / "law.png").is_file()
   few = {name: v for name, v in lines.items() if "d4" not in name}
   assert all("wanted" in note for note in ladder.answer(few, (1e12,), tmp_path))
@@ -126,6 +138,7 @@ def test_a_best_size_beyond_the_sizes_is_in_no_law(tmp_path):
   line = lambda size, loss: {
     "flops": 1e6 * size,
     "tokens": 1,
+    "seed": 0,
     "final": {"loss": loss},
   }
   found = zip((1, 2, 4), (2.0, 2.3, 3.0))

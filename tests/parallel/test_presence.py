@@ -1,11 +1,13 @@
 """Who is gone, and who is told: processes played by locks of one."""
 
+import subprocess
+import sys
 import time
 
 import jax
 import pytest
 
-from dsv3.parallel import presence, processes
+from dsv3.parallel import locks, presence, processes
 
 N = 4
 
@@ -18,7 +20,7 @@ def of(monkeypatch, tmp_path):
   class Ended(BaseException):
     pass
 
-  def end(text):
+  def end(self, text):
     ended.setdefault(me[0], text)
     raise Ended
 
@@ -30,7 +32,8 @@ def of(monkeypatch, tmp_path):
   monkeypatch.setattr(jax, "process_index", lambda: me[0])
   monkeypatch.setattr(processes, "wait_for_all", lambda name: None)
   monkeypatch.setattr(presence.threading.Thread, "start", lambda self: None)
-  monkeypatch.setattr(presence, "_end", end)
+  monkeypatch.setattr(presence.Presence, "_end", end)
+  monkeypatch.setattr(locks, "Teller", lambda first: None)
   monkeypatch.setattr(presence, "_LOOK_SECONDS", 0)
   monkeypatch.setattr(presence, "GRACE_SECONDS", 0.2)
   for i in range(N):
@@ -125,10 +128,10 @@ def test_though_it_cannot_be_written_down_it_ends(of, monkeypatch):
   kill(of(2))
   present = of(0)
 
-  def full(text):
+  def full(file, text):
     raise OSError("No space left on device")
 
-  monkeypatch.setattr(present, "_write", full)
+  monkeypatch.setattr(locks, "write", full)
   assert look(present) == "Ended" and "process 2 (" in of.ended[0]
 
 
@@ -159,3 +162,50 @@ def test_a_write_that_has_failed_ends_it(of):
   present.trouble = lambda: OSError("No space left on device")
   assert look(present) == "Ended"
   assert "could not be written (No space left" in of.ended[1]
+
+
+ABORTED = """
+import os, pathlib, sys
+from dsv3.parallel import locks
+teller = locks.Teller(pathlib.Path(sys.argv[1]))
+if sys.argv[2] == "told":
+  teller.dismiss()
+os.abort()
+"""
+
+
+@pytest.mark.parametrize(
+  "words, how, wanted",
+  [
+    ("host, pid 7", "untold", "process 0 (host, pid 7) of the run ended"),
+    (
+      locks.after(["process 2 (host, pid 9)"]),
+      "untold",
+      "error: process 2 (host, pid 9) of the run ended",
+    ),
+    ("host, pid 7", "told", ""),
+    (locks.CLOSED, "untold", ""),
+  ],
+)
+def test_who_is_gone_is_told_of_a_process_that_is_ended(
+  tmp_path, words, how, wanted
+):
+  """By abort, as JAX ends those without the first."""
+  first = tmp_path / "0"
+  first.write_text(words)
+  command = [sys.executable, "-c", ABORTED, str(first), how]
+  ended = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+  assert ended.returncode < 0
+  said = [x for x in ended.stderr.splitlines() if x.startswith("dsv3:")]
+  assert len(said) == bool(wanted) and wanted in "".join(said)
+
+
+def test_the_lock_of_one_that_goes_is_waited_for(tmp_path):
+  first = tmp_path / "0"
+  with open(first, "w+") as file:
+    assert locks.hold(file)
+    locks.write(file, "host, pid 7")
+    command = [sys.executable, "-c", ABORTED, str(first), "untold"]
+    ended = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert ended.wait() < 0  # the teller is there, and looks
+  assert "process 0 (host, pid 7)" in ended.communicate()[1]
