@@ -1,16 +1,17 @@
 """How long from a killed process to the next step of the run?
 
-  python experiments/performance/restart.py --config=tiny --processes=2
+  python experiments/performance/restart.py --config=tiny --processes=2 --times=5
 
-starts a run of so many processes on this machine, kills the last one after its
-first checkpoint, waits until the others have ended and starts the same command
-again. Prints one JSON line, in seconds.
+starts a run of so many processes on this machine, and so many times kills one of
+them (`--victim`) after a checkpoint, waits until the others have ended and starts
+the same command again. Prints a JSON line a kill, in seconds, and the medians.
 """
 
 import argparse
 import json
 import pathlib
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,40 +53,48 @@ def wait_for(step: int, workdir: str) -> float:
   return time.monotonic()
 
 
+def kill_and_go_on(
+  started: list[subprocess.Popen], victim: int, begin, workdir: str
+) -> tuple[list[subprocess.Popen], dict[str, float]]:
+  """The processes of the next start, and seconds to its first step."""
+  before = starts(workdir)
+  started[victim].kill()
+  killed = time.monotonic()
+  for process in started:
+    process.wait()
+  ended = time.monotonic()
+  again = begin()
+  while starts(workdir) == before:
+    time.sleep(0.05)
+  time.sleep(0.2)  # by now it has cut the metrics to the checkpoint
+  stepped = wait_for(last_step(workdir) + 1, workdir)
+  return again, {
+    "killed_to_all_ended": round(ended - killed, 1),
+    "started_again_to_next_step": round(stepped - ended, 1),
+    "killed_to_next_step": round(stepped - killed, 1),
+  }
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--config", default="tiny")
   parser.add_argument("--processes", type=int, default=2)
+  parser.add_argument("--times", type=int, default=1)
+  parser.add_argument("--victim", type=int, default=-1, help="-1: the last")
   args = parser.parse_args()
+  found = []
   with tempfile.TemporaryDirectory() as workdir:
-    begin = time.monotonic()
-    started = start(args.config, workdir, args.processes)
-    first = wait_for(1, workdir) - begin
-    wait_for(8, workdir)
-    started[-1].kill()
-    killed = time.monotonic()
+    begin = lambda: start(args.config, workdir, args.processes)
+    started = begin()
+    for _ in range(args.times):
+      wait_for(last_step(workdir) + 8, workdir)  # a checkpoint in five
+      started, seconds = kill_and_go_on(started, args.victim, begin, workdir)
+      found.append(seconds)
+      print(json.dumps(seconds), flush=True)
     for process in started:
-      process.wait()
-    ended = time.monotonic()
-    again = start(args.config, workdir, args.processes)
-    while starts(workdir) < 2:
-      time.sleep(0.05)
-    time.sleep(0.2)  # by now it has cut the metrics to the checkpoint
-    wait_for(last_step(workdir) + 1, workdir)
-    stepped = time.monotonic()
-    for process in again:
       process.kill()
-  print(
-    json.dumps(
-      {
-        "processes": args.processes,
-        "start_to_first_step": round(first, 1),
-        "killed_to_all_ended": round(ended - killed, 1),
-        "started_again_to_next_step": round(stepped - ended, 1),
-        "killed_to_next_step": round(stepped - killed, 1),
-      }
-    )
-  )
+  medians = {k: statistics.median(x[k] for x in found) for k in found[0]}
+  print(json.dumps({"processes": args.processes, "n": len(found), **medians}))
 
 
 if __name__ == "__main__":

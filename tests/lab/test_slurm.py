@@ -1,5 +1,6 @@
-"""Array jobs, on submitit's executor of local processes."""
+"""Array jobs: on submitit's executor of local processes, and Slurm where it is."""
 
+import shutil
 import sys
 
 import pytest
@@ -50,7 +51,15 @@ def test_a_job_claims_its_run_and_writes_its_line(submitted):
   assert "nowhere/text.txt" in line["error"]
 
 
-def test_a_sweep_is_handed_in_and_trains(tmp_path, monkeypatch, capsys):
+IS_THERE = pytest.mark.skipif(not shutil.which("sbatch"), reason="no Slurm")
+
+
+@pytest.mark.parametrize(
+  "cluster", ["local", pytest.param("slurm", marks=IS_THERE)]
+)
+def test_a_sweep_is_handed_in_and_trains(
+  cluster, tmp_path, monkeypatch, capsys
+):
   """As from the command line; the runs are of one arm, an array of two jobs."""
   monkeypatch.chdir(tmp_path)
   for name, value in environment(1).items():
@@ -58,7 +67,7 @@ def test_a_sweep_is_handed_in_and_trains(tmp_path, monkeypatch, capsys):
   place, jobs = trial.write(tmp_path, **trial.trains(tmp_path)), []
 
   def submit(*args, submit=slurm.submit, **how):
-    jobs.extend(submit(*args, **how, cluster="local"))
+    jobs.extend(submit(*args, **how, cluster=cluster))
     return jobs
 
   monkeypatch.setattr(slurm, "submit", submit)
