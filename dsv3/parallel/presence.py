@@ -49,14 +49,21 @@ class Presence:
       self._mine = open(self._folder / str(jax.process_index()), "a+")
       self._lock()
       locks.write(self._mine, f"{socket.gethostname()}, pid {os.getpid()}")
-      processes.wait_for_all("present")
-      if gone := self._gone(self._watched())[0]:  # though all are there
-        self._tell_blind(f"the lock of {gone[0]} is not seen on this host")
-        self._blind = True
-      elif jax.process_index():
-        self._teller = locks.Teller(self._folder / "0")
-      processes.wait_for_all("seen")
-      threading.Thread(target=self._look, daemon=True).start()
+      try:
+        self._meet()
+      except Exception as error:  # one has gone meanwhile
+        self.leave(error)
+
+  def _meet(self) -> None:
+    """All make their files, and then look whether they see each other's."""
+    processes.wait_for_all("present")
+    if gone := self._gone(self._watched())[0]:  # though all are there
+      self._tell_blind(f"the lock of {gone[0]} is not seen on this host")
+      self._blind = True
+    elif jax.process_index():
+      self._teller = locks.Teller(self._folder / "0")
+    threading.Thread(target=self._look, daemon=True).start()
+    processes.wait_for_all("seen")  # nobody has ended before all have looked
 
   def _lock(self) -> None:
     """Takes this process's file, which one that was killed may hold for a while."""

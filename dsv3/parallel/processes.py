@@ -149,18 +149,13 @@ def _join(group: Group, names=_NUMBERS[0]) -> None:
       f"{num_processes}"
     )
   if num_processes > 1:
-    jax.distributed.initialize(
-      group.coordinator,
-      num_processes,
-      process_id,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    _initialize(group.coordinator, num_processes, process_id)
 
 
 def _find() -> None:
   """As JAX finds them: by the environment, the metadata, or Kubernetes."""
   try:
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    _initialize()
   except (ValueError, KeyError, RuntimeError) as error:
     first = str(error).strip().split("\n")[0] or type(error).__name__
     raise ConfigError(
@@ -168,6 +163,15 @@ def _find() -> None:
       f"wanted --coordinator, --process_id and --num_processes, or {COORDINATOR} "
       "and the others in the environment; --num_processes=1 is a run by itself"
     ) from error
+
+
+def _initialize(*group) -> None:
+  """JAX's own. It would take SIGTERM as a sign for whoever asks it, and nobody does:
+  a run that is told to stop while it starts has nothing to save, and ends."""
+  jax.config.update("jax_enable_preemption_service", False)
+  jax.distributed.initialize(
+    *group, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+  )
 
 
 def _find_or_alone() -> None:

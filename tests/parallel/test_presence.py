@@ -149,6 +149,19 @@ def test_where_locks_reach_no_other_host_nobody_is_taken_for_gone(
   assert present.gone() == []
 
 
+def test_one_that_goes_while_they_meet_is_named(of, monkeypatch, tmp_path):
+  kill(of(2))
+
+  def wait(name):
+    raise RuntimeError("Connection reset by peer")
+
+  monkeypatch.setattr(processes, "wait_for_all", wait)
+  of(1)._mine.close()
+  with pytest.raises(of.error):
+    presence.Presence(tmp_path)
+  assert "process 2 (" in of.ended[1] and "Connection reset" in of.ended[1]
+
+
 def test_a_folder_that_another_run_has_is_told_soon(of, monkeypatch, tmp_path):
   monkeypatch.setattr(presence, "LOCK_SECONDS", 0.1)
   of(1)

@@ -97,6 +97,13 @@ def finish(started) -> list[str]:
       process.kill()
 
 
+def wait_until(there, seconds: float = 300) -> None:
+  deadline = time.monotonic() + seconds
+  while not there():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
 def lines(workdir):
   return [line for line in read_metrics(workdir) if "loss/main" in line]
 
@@ -173,20 +180,32 @@ def assert_same_lines(found, wanted) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_saves_on_all(corpus, tmp_path):
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_one_saves_on_all(told, corpus, tmp_path):
   config = micro.write_config(
     tmp_path / "c.py", {**corpus, **MESH, "train.steps": 100_000}
   )
   started = start(config, tmp_path / "run", 2)
-  deadline = time.monotonic() + 300
-  while not lines(tmp_path / "run") and time.monotonic() < deadline:
-    time.sleep(0.2)
-  started[1].send_signal(signal.SIGTERM)
+  wait_until(lambda: lines(tmp_path / "run"))
+  started[told].send_signal(signal.SIGTERM)
   texts = finish(started)
   code = 128 + signal.SIGTERM
   assert [process.returncode for process in started] == [code, code], texts
   saved = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps
   assert saved and saved[-1] == lines(tmp_path / "run")[-1]["step"]
+
+
+def test_sigterm_while_a_run_starts_ends_it(corpus, tmp_path):
+  """There is nothing to save; JAX's own handler would keep it to itself."""
+  diff = {**corpus, **MESH, "train.steps": 20}  # soon over if it goes on
+  config = micro.write_config(tmp_path / "c.py", diff)
+  started = start(config, tmp_path / "run", 2)
+  wait_until((tmp_path / "run" / "lock").exists)  # all are there
+  started[1].send_signal(signal.SIGTERM)
+  texts = finish(started)
+  assert [process.returncode for process in started] == [1, -15], texts
+  assert f"process 1 ({socket.gethostname()}" in texts[0], texts
+  assert not lines(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -205,10 +224,7 @@ def test_a_killed_process_is_named_and_the_next_start_goes_on(
   workdir = tmp_path / "run"
   started = start(config, workdir, 4)
   saved = lambda: Checkpoints(workdir / "checkpoints", read_only=True).steps
-  deadline = time.monotonic() + 300
-  while not (workdir / "checkpoints").is_dir() or not saved():
-    assert time.monotonic() < deadline
-    time.sleep(0.2)
+  wait_until(lambda: (workdir / "checkpoints").is_dir() and saved())
   started[victim].kill()
   killed = time.monotonic()
   texts = finish(started)
