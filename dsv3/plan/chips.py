@@ -11,6 +11,8 @@ import re
 
 from dsv3.config import ConfigError
 
+REPORTED = 1.07  # the most that a device reports, over the sheet's memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:

@@ -11,6 +11,7 @@ no weight is made.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -26,7 +27,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dsv3 import config
 from dsv3.errors import ConfigError, RunError
-from dsv3.plan import hlo, places
+from dsv3.plan import chips, hlo, places
 from dsv3.plan.lowered import Lowered
 from dsv3.train import layout, program, schedule
 
@@ -108,14 +109,15 @@ def lower(values: config.Config, target: str, minutes: float = 30.0) -> Lowered:
     ConfigError: a mesh that cannot be, or a target that nothing here compiles for.
     RunError: it takes more than `minutes`, and goes on behind the error.
   """
-  where = layout.of_devices(values, devices(target))
+  there = devices(target)
+  where = layout.of_devices(values, there)
   with _stderr() as said, _compiled_anew():
     traced, compiled, *seconds = _within(
       minutes, lambda: _compile(values, where, target)
     )
   memory, text = compiled.memory_analysis(), compiled.as_text()
   found = hlo.collectives_of(text)
-  return Lowered(
+  made = Lowered(
     target=target,
     mesh=where.sizes,
     arguments=memory.argument_size_in_bytes,
@@ -132,6 +134,8 @@ def lower(values: config.Config, target: str, minutes: float = 30.0) -> Lowered:
     trace_seconds=seconds[0],
     compile_seconds=seconds[1],
   )
+  made.surprises.extend(_too_large(made.total, there[0]))
+  return made
 
 
 def _compile(values: config.Config, where: layout.Layout, target: str):
@@ -242,20 +246,44 @@ def _remade(said: Sequence[str]) -> list[str]:
 
 def _gathered(found, values: config.Config, mesh: config.Mesh) -> list[str]:
   """An all-gather of as much as all experts of a layer, where they are dealt."""
-  m = values.model
-  if mesh.expert == 1 or m.ffn != "moe":
+  if mesh.expert == 1 or values.model.ffn != "moe":
     return []
-  one_matrix = m.moe.n_routed * m.dim * m.moe.hidden
-
-  def of_all(dims: list[int]) -> bool:  # gate and up may be one dim
-    return m.moe.n_routed in dims and math.prod(dims) % one_matrix == 0
-
   return [
     f"an all-gather of {c.result}: all experts of a layer"
     for c in found
     if c.kind == "all-gather"
     for dims in re.findall(r"\[([\d,]+)\]", c.result)
-    if of_all([int(n) for n in dims.split(",")])
+    if _of_all_experts([int(n) for n in dims.split(",")], values.model, mesh)
+  ]
+
+
+def _of_all_experts(dims, model: config.Model, mesh: config.Mesh) -> bool:
+  """Are these the dims of a matrix of every expert, or of a device's part of each?
+
+  Experts may be two dims, devices and those of one; gate and up may be one matrix.
+  """
+  own = [model.n_moe_layers, model.moe.n_routed // mesh.expert]
+  if dims[:2] == own:  # a device's experts of all layers
+    return False
+  matrix = model.dim * model.moe.hidden
+  share = matrix // (mesh.fsdp * mesh.tensor)
+  for start, end in itertools.combinations(range(len(dims) + 1), 2):
+    rest = math.prod(dims[end:])
+    if math.prod(dims[start:end]) == model.moe.n_routed:
+      if rest >= share and 2 * matrix % rest == 0:
+        return True
+  return False
+
+
+def _too_large(total: int, device: jax.Device) -> list[str]:
+  """More than the memory of the device; a CPU has that of its machine."""
+  chip = chips.of_device(device.device_kind)
+  room = chip and chip.hbm * chips.REPORTED / chip.devices
+  if not room or total <= room:
+    return []
+  return [
+    f"does not fit: a device holds {total / 1e9:,.1f} GB, and a {chip.name} has "
+    f"{room / 1e9:,.0f}; dsv3 plan --search says which meshes fit"
   ]
 
 

@@ -2,11 +2,13 @@
 
 import math
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from dsv3 import config, overlay
 from dsv3.config import ConfigError, Mesh
 from dsv3.errors import RunError
 from dsv3.nn.transformer import make_model, split
@@ -306,6 +308,37 @@ def test_an_all_gather_of_all_experts_is_a_surprise():
     assert "all experts" in lower._gathered(of(all_of_it), values, mesh)[0]
   assert lower._gathered(of(share), values, mesh) == []
   assert lower._gathered(of(whole), values, Mesh(fsdp=2)) == []
+
+
+@pytest.mark.parametrize(
+  "dims, n",
+  [
+    ("256,7168,2,2048", 1),
+    ("64,4,7168,2,2048", 1),  # a part of each device, side by side
+    ("8,32,7168,2,2048", 1),
+    ("58,256,2048,7168", 1),  # of all layers
+    ("256,1792,2,2048", 1),  # a part of dim, before it is gathered over fsdp
+    ("256,7168,1024", 1),  # a part of hidden
+    ("4,7168,2,2048", 0),  # a device's experts, gathered over fsdp
+    ("4,2048,7168", 0),
+    ("7168,256", 0),  # the router
+    ("129280,7168", 0),
+    ("60,1,1,2,4096", 0),
+  ],
+)
+def test_what_is_all_experts_of_671b(dims, n):
+  values = config.build(overlay.load("v3_671b"))
+  one = hlo.Collective("all-gather", f"bf16[{dims}]", 1, 1)
+  mesh = Mesh(fsdp=4, expert=64)
+  assert len(lower._gathered([one], values, mesh)) == n
+
+
+def test_what_does_not_fit_is_a_surprise():
+  device = types.SimpleNamespace(device_kind="NVIDIA H200")
+  assert lower._too_large(146 * 10**9, device) == []
+  (told,) = lower._too_large(829 * 10**9, device)
+  assert "829.0 GB" in told and "h200 has 151" in told
+  assert lower._too_large(10**15, jax.devices("cpu")[0]) == []
 
 
 @pytest.mark.parametrize("dtype, n", [("float32", 1), ("bfloat16", 0)])
