@@ -22,9 +22,7 @@ def make(sizes: Mesh, devices: Sequence[jax.Device] | None = None):
   go over slices and inner ones stay within: with `expert` over nodes, the experts
   of a node are neighbours, as node-limited routing has them (Sec. 2.1.2).
   """
-  devices = list(jax.devices() if devices is None else devices)[: sizes.size]
-  shape = [sizes.along(axis) for axis in ORDER]
-  per_slice = collections.Counter(map(_slice_of, devices))
+  devices, shape, per_slice = _slices(sizes, devices)
   n_slices = len(per_slice)
   if n_slices == 1:
     grid = mesh_utils.create_device_mesh(
@@ -44,6 +42,22 @@ def make(sizes: Mesh, devices: Sequence[jax.Device] | None = None):
   return jax.sharding.Mesh(
     grid, ORDER, axis_types=(AxisType.Auto,) * len(ORDER)
   )
+
+
+def nodes_of_experts(
+  sizes: Mesh, devices: Sequence[jax.Device] | None = None
+) -> int:
+  """Over how many nodes, or slices, the experts of a layer are dealt by `make`."""
+  _, shape, per_slice = _slices(sizes, devices)
+  over, _ = split(shape, len(per_slice))
+  return math.prod(over[ORDER.index(axis)] for axis in ("node", "expert"))
+
+
+def _slices(sizes: Mesh, devices: Sequence[jax.Device] | None):
+  """The devices of a mesh, its shape, and how many are of each slice or node."""
+  devices = list(jax.devices() if devices is None else devices)[: sizes.size]
+  shape = [sizes.along(axis) for axis in ORDER]
+  return devices, shape, collections.Counter(map(_slice_of, devices))
 
 
 def unbuilt(sizes: Mesh) -> jax.sharding.AbstractMesh:

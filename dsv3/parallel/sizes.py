@@ -89,6 +89,14 @@ def check_run(mesh: Mesh, values: config.Config, devices: int) -> None:
       f"config.mesh.expert_nodes: found {mesh.expert_nodes}, wanted a divisor "
       f"of mesh.expert = {mesh.expert}"
     )
+  m = values.model.moe
+  limited = values.model.ffn == "moe" and m.top_groups < m.n_groups
+  if limited and m.n_groups % mesh.expert_nodes:
+    raise ConfigError(
+      f"config.mesh.expert_nodes: found {mesh.expert_nodes}, wanted a divisor of "
+      f"model.moe.n_groups = {m.n_groups}: a group that lies in two nodes limits "
+      "none of them"
+    )
   if mesh.size > devices:
     raise ConfigError(
       f"config.mesh: found {mesh} of {mesh.size} devices, wanted at most the "

@@ -22,7 +22,7 @@ from dsv3.data.batches import Batches
 from dsv3.data.prefetch import prefetch
 from dsv3.errors import RunError
 from dsv3.eval import bpb
-from dsv3.parallel import processes
+from dsv3.parallel import mesh, processes
 from dsv3.parallel.presence import Presence
 from dsv3.plan import chips, count, here
 from dsv3.train import begin, feed, identity, layout, program, run, schedule
@@ -174,6 +174,7 @@ class _Trainer:
       f"{self.schedule.batch_size(self.done)} x {self.values.data.seq_len} "
       f"tokens on {self._devices()}"
     )
+    self._tell_of_nodes()
     self.plan = here.forecast(self.values, self.layout.sizes)
     if self.plan:
       self.progress.tell(self.plan.forecast())
@@ -182,6 +183,15 @@ class _Trainer:
         f"{part.source}: {part.documents:,} documents, {part.bytes:,} bytes, "
         f"{part.tokens:,} tokens, "
         f"{part.share:.0%} of the rows, {part.epochs:.2f} epochs"
+      )
+
+  def _tell_of_nodes(self) -> None:
+    """Experts that lie in several nodes, which the exchange does not know of."""
+    nodes, sizes = mesh.nodes_of_experts(self.layout.sizes), self.layout.sizes
+    if 1 < nodes != sizes.expert_nodes:
+      self.progress.tell(
+        f"config.mesh.expert_nodes: found {sizes.expert_nodes}, and experts lie in "
+        f"{nodes} nodes: with {nodes} a token would go to each of them once"
       )
 
   def _devices(self) -> str:

@@ -26,11 +26,14 @@ def model_of(diff):
   return jax.jit(build)(jax.random.key(0))
 
 
-def placed(model, slots, devices, seed=0):
+NODES = {**MESH, "mesh.expert_nodes": 2}
+
+
+def placed(model, slots, devices, seed=0, **how):
   """For a load in which few experts do the most, another in every layer."""
   layers = model.model.n_moe_layers + model.model.mtp.depth
   load_XE = np.random.default_rng(seed).pareto(1.0, (layers, 8)) + 0.1
-  return load_XE, eplb.place(load_XE, slots=slots, devices=devices)
+  return load_XE, eplb.place(load_XE, slots=slots, devices=devices, **how)
 
 
 def completions(model, drafts=0, **how):
@@ -46,17 +49,19 @@ def completions(model, drafts=0, **how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "mesh, drafts",
+  "mesh, drafts, where",
   [
-    (MESH, 1),
-    pytest.param(MESH, 0, marks=pytest.mark.slow),
-    pytest.param({}, 1, marks=pytest.mark.slow),
+    (MESH, 1, {}),
+    (MESH, 0, {}),
+    ({}, 1, {}),
+    (NODES, 1, {"nodes": 2, "groups": 2}),  # copies stay in a group's node
   ],
 )
-def test_a_decode_with_copies_is_the_decode_without(mesh, drafts):
-  wanted = completions(model_of({}), drafts)
+def test_a_decode_with_copies_is_the_decode_without(mesh, drafts, where):
   model = model_of(mesh)
-  _, found = placed(model, slots=12, devices=4)
+  alone = {k: v for k, v in mesh.items() if not k.startswith("mesh.")}
+  wanted = completions(model_of(alone), drafts)
+  _, found = placed(model, slots=12, devices=4, **where)
   assert found.copies_XE.max() > 1
   tokens, log_probs = completions(model, drafts, copies=found)
   assert tokens == wanted[0]

@@ -1,5 +1,7 @@
 """Which meshes there can be, and what is said of one that cannot."""
 
+import types
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -23,6 +25,10 @@ from tests import micro
     (
       {"mesh.expert": 4, "mesh.expert_nodes": 3},
       ("config.mesh.expert_nodes", "found 3", "mesh.expert = 4"),
+    ),
+    (
+      {"mesh.expert": 4, "mesh.expert_nodes": 4},
+      ("config.mesh.expert_nodes", "found 4", "n_groups = 2"),
     ),
     ({"mesh.expert": 8}, ("config.mesh.expert", "n_routed = 4")),
     ({"mesh.expert": 2, "model.ffn": "dense"}, ("config.mesh.expert", "dense")),
@@ -143,3 +149,20 @@ def test_weights_and_moments_lie_as_the_table_says(dims, shape, stored, moment):
   """ZeRO-1: what the optimizer keeps is over the replicas too (Sec. 3.2)."""
   assert table.stored(dims, shape, V3) == stored
   assert table.moment(dims, shape, V3) == moment
+
+
+@pytest.mark.parametrize(
+  "sizes_of, nodes",
+  [
+    ({"data": 4, "expert": 8}, 1),  # within a node
+    ({"expert": 32}, 4),
+    ({"expert": 32, "expert_nodes": 4}, 4),
+    ({"data": 2, "expert": 16}, 2),
+    ({"expert": 16, "expert_nodes": 4}, 2),  # of half a node each: no node
+  ],
+)
+def test_over_how_many_nodes_experts_lie(sizes_of, nodes):
+  devices = [
+    types.SimpleNamespace(platform="gpu", slice_index=i // 8) for i in range(32)
+  ]
+  assert mesh.nodes_of_experts(Mesh(**sizes_of), devices) == nodes
