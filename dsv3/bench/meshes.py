@@ -19,12 +19,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from dsv3 import config, overlay
 from dsv3.bench.train_step import random_batch
 from dsv3.huge_pages import restart_with_huge_pages
-from dsv3.train import layout, program, schedule
+from dsv3.train import layout, metrics, program, schedule
 
 NO_LIMIT = {"model.moe.n_groups": 1, "model.moe.top_groups": 1}
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -67,8 +66,8 @@ class Timed:
 
   def run(self) -> None:
     start = time.perf_counter()
-    self.state, metrics = self.step(self.state, self.batch)
-    self.metrics = jax.device_get(metrics)
+    self.state, found = self.step(self.state, self.batch)
+    self.metrics = jax.device_get(found)
     self.seconds.append(time.perf_counter() - start)
 
   def tokens_per_second(self) -> float:
@@ -77,13 +76,22 @@ class Timed:
   def rows(self) -> dict[str, float]:
     """Rows that left a token's device or node, of a token and layer, one way."""
     m = self.model
-    row = 4 * m.dim * np.dtype(m.dtype).itemsize / 1e9  # of metrics.of_exchange
+    row = metrics.ways(m) * metrics.row_bytes(m) / 1e9
     layers = m.n_moe_layers + m.mtp.depth
     return {
       name.split("/")[1]: round(float(gb) / row / layers / self.tokens, 3)
       for name, gb in self.metrics.items()
       if name.startswith("exchange_gb/")
     }
+
+  def bytes_between(self) -> float:
+    """That a token and layer sends between nodes, there and back.
+
+    By Sec. 3.2.2 at most M nodes' rows, in FP8 there and BF16 back; here both ways
+    are in the model's type.
+    """
+    rows = self.rows().get("between_nodes", 0.0)
+    return round(2 * rows * metrics.row_bytes(self.model), 1)
 
 
 def measure(tree: Any, repeats: int) -> Iterator[dict[str, Any]]:
@@ -107,6 +115,7 @@ def measure(tree: Any, repeats: int) -> Iterator[dict[str, Any]]:
       "alone_tokens_per_second": round(base),
       "compile_seconds": round(strong.compile_seconds, 1),
       "rows": weak.rows(),
+      "bytes_between_nodes": weak.bytes_between(),
     }
 
 

@@ -54,14 +54,23 @@ def of_exchange(moved_X: Moved, model: config.Model) -> dict[str, jax.Array]:
   `saved` is what more would have gone between nodes, had a token gone there once
   for every expert and not once for every node (Sec. 3.2.2). `late` went in further
   rounds (`mesh.expert_rows`), and is in the other two. A token goes there and back,
-  and so does its gradient; what is recomputed goes there once more.
+  and so does its gradient; what is recomputed goes there once more (`ways`).
   """
-  ways = 4 if model.remat == "none" else 5
-  row = ways * model.dim * jnp.dtype(model.dtype).itemsize
+  sent = ways(model) * row_bytes(model)
   return {
-    f"exchange_gb/{name}": row * n_X.astype(jnp.float32).sum() / 1e9
+    f"exchange_gb/{name}": sent * n_X.astype(jnp.float32).sum() / 1e9
     for name, n_X in moved_X._asdict().items()
   }
+
+
+def ways(model: config.Model) -> int:
+  """That a row goes in a step; the last of five where it is recomputed."""
+  return 4 if model.remat == "none" else 5
+
+
+def row_bytes(model: config.Model) -> int:
+  """Of a token's activation, as it goes to an expert or back."""
+  return model.dim * jnp.dtype(model.dtype).itemsize
 
 
 def of_bias(router) -> dict[str, jax.Array]:

@@ -101,7 +101,7 @@ def wait_until(there, seconds: float = 300) -> None:
   deadline = time.monotonic() + seconds
   while not there():
     assert time.monotonic() < deadline
-    time.sleep(0.05)
+    time.sleep(0.01)
 
 
 def lines(workdir):
@@ -240,6 +240,39 @@ def test_a_killed_process_is_named_and_the_next_start_goes_on(
   assert [process.returncode for process in again] == [0] * 4, texts
   assert f"goes on after step {before}" in texts[0]
   assert [x["step"] for x in lines(workdir)] == list(range(1, before + 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "moment, victim",
+  [("starting", 1), ("saving", 0), ("saving", 1), ("scoring", 0)],
+)
+def test_killed_at_a_bad_moment_it_is_named_and_nothing_is_lost(
+  moment, victim, corpus, tmp_path
+):
+  """Of two; the run is then the one that nobody has cut."""
+  diff = {**corpus, "train.steps": 6, "train.checkpoint_every": 1}
+  diff |= {"train.eval_every": 1, "train.eval_batches": 2}
+  config = micro.write_config(tmp_path / "c.py", {**diff, **MESH})
+  workdir = tmp_path / "run"
+  there = {
+    "starting": (workdir / "lock").exists,
+    "saving": lambda: [*workdir.glob("checkpoints/*checkpoint-tmp*")],
+    "scoring": lambda: lines(workdir),  # which is before the score
+  }[moment]
+  started = start(config, workdir, 2)
+  wait_until(there)
+  started[victim].kill()
+  killed = time.monotonic()
+  text = finish(started)[1 - victim]
+  assert time.monotonic() - killed < presence.GRACE_SECONDS + 10
+  told = f"process {victim} ({socket.gethostname()}, pid {started[victim].pid})"
+  assert told in text
+  again = start(config, workdir, 2)
+  texts = finish(again)
+  assert [process.returncode for process in again] == [0, 0], texts
+  loop.train(micro.config_of({**diff, "mesh.data": 1}), tmp_path / "uncut")
+  assert_same_lines(lines(workdir), lines(tmp_path / "uncut"))
 
 
 @pytest.mark.slow
