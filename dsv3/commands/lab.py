@@ -103,11 +103,14 @@ def _answer(
 
 
 def _write(asked, found, out: pathlib.Path, *, relative: bool) -> None:
-  """Pictures and page."""
+  """Pictures and page; tables of further metrics have theirs in the name."""
   lines, _ = comparing.of_arms(asked)
   drawn = plots.draw_curves(found[0], lines, relative=relative)
   written = plots.save(drawn, out / "curves")
-  written += plots.save(plots.draw_table(found[0]), out / "table")
+  for i, comparison in enumerate(found):
+    metric = comparison.metric.replace("/", "-")
+    stem = out / (f"table-{metric}" if i else "table")
+    written += plots.save(plots.draw_table(comparison), stem)
   written.append(out / "compare.html")
   text = page.page(asked, found, lines, relative=relative)
   written[-1].write_text(text)

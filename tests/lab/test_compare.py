@@ -175,19 +175,27 @@ def test_compare_writes_table_pictures_page_and_readme(place, capsys):
   readme = place / "README.md"
   readme.write_text(f"# Why\n{table.BEGIN}\nold\n{table.END}\nVerdict: none.\n")
   with open(place / "sweep.py", "a") as file:
-    file.write('\nMETRICS = ["loss", "max_vio"]\n')
+    file.write('\nMETRICS = ["loss", "max_vio", "best/loss"]\n')
   assert cli.main(["compare", str(place)]) == 0
   said = capsys.readouterr().out
   assert "not separable" in said and "-0.0689 to +0.4689" in said
   text = readme.read_text()
   assert "| b | 3 | 3.2000 | 1.1000 | +0.2000 |" in text
   assert text.startswith("# Why") and text.endswith("Verdict: none.\n")
-  assert "old" not in text and text.count("| arm |") == 2
-  for name in ("curves.png", "curves.svg", "table.png", "table.svg"):
-    assert (place / name).stat().st_size > 5000, name
+  assert "old" not in text and text.count("| arm |") == 3
+  metrics = {
+    "table": "loss",
+    "table-max_vio": "max_vio",
+    "table-best-loss": "best/loss",
+  }
+  for stem in ("curves", *metrics):
+    for suffix in (".png", ".svg"):
+      assert (place / (stem + suffix)).stat().st_size > 5000, stem
+  for stem, metric in metrics.items():
+    assert f">{metric}, mean</text>" in (place / f"{stem}.svg").read_text()
   before = (place / "compare.html").read_text()
   asked = trial.load(place)
-  found = [compare.compare(asked, metric) for metric in ("loss", "max_vio")]
+  found = [compare.compare(asked, metric) for metric in metrics.values()]
   lines, _ = compare.of_arms(asked)
   assert page.page(asked, found, lines) == before  # no date, no chance
   assert cli.main(["compare", str(place), "--metric=los"]) == 2
