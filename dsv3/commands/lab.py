@@ -97,6 +97,11 @@ def _answer(
     print("the experiment's own table and pictures stay; others: --out=DIR")
   elif importlib.util.find_spec("matplotlib"):
     _write(asked, found, out, relative=relative)
+  else:
+    print(
+      "no pictures and no page: wanted the package matplotlib: pip install "
+      '"dsv3[plot]"'
+    )
   readme = asked.folder / "README.md"
   if out == asked.folder and table.into_readme(readme, table.markdown(found)):
     print(f"{readme}: its table is the one above")

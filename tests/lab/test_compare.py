@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 
 import matplotlib.image
 import numpy as np
@@ -199,6 +200,20 @@ def test_compare_writes_table_pictures_page_and_readme(place, capsys):
   lines, _ = compare.of_arms(asked)
   assert page.page(asked, found, lines) == before  # no date, no chance
   assert cli.main(["compare", str(place), "--metric=los"]) == 2
+
+
+def test_a_sweep_without_matplotlib_says_which_extra_it_wants(
+  place, monkeypatch, capsys
+):
+  trial.record(place, LOSSES)
+  monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if not installed
+  assert cli.main(["sweep", str(place), f"--runs={place / 'runs'}"]) == 0
+  said = capsys.readouterr().out
+  assert "-0.0689 to +0.4689" in said and not (place / "compare.html").exists()
+  (line,) = [line for line in said.splitlines() if "dsv3[" in line]
+  assert line.endswith(
+    'wanted the package matplotlib: pip install "dsv3[plot]"'
+  )
 
 
 def test_another_question_leaves_the_kept_answer_alone(place, capsys, tmp_path):
