@@ -1,8 +1,9 @@
 """Runs of a sweep as a Slurm array, by submitit: `pip install "dsv3[slurm]"`.
 
 A job is `dsv3 sweep --only=ONE` on a node, which claims its run, goes on with it
-and writes its line, as on any other machine of the file system. So nothing has
-to wait for the jobs, and one that is preempted goes on where it was.
+and writes its line, as on any other machine of the file system; the last to end
+writes table and page. So nothing has to wait for the jobs, and one that is
+preempted goes on where it was.
 """
 
 import contextlib

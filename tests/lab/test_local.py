@@ -8,7 +8,8 @@ import time
 import pytest
 
 from dsv3 import cli, config, overlay
-from dsv3.lab import local, process
+from dsv3.commands import lab
+from dsv3.lab import local, process, table
 from dsv3.lab.board import Board
 from dsv3.train import run as run_folder
 from tests import micro
@@ -269,3 +270,46 @@ def test_a_sweep_ends_in_the_table_and_the_page_whatever_has_failed(
   assert cli.main(["sweep", str(place)]) == 1
   assert "no luck" in capsys.readouterr().out
   assert (place / "compare.html").read_text().count("failed: no luck") == 2
+
+
+def test_the_process_that_ends_the_last_run_writes_table_and_page(
+  place, monkeypatch, capsys
+):
+  """As jobs of Slurm do, of which none has all runs."""
+  monkeypatch.setattr(process, "command", trial.command("train"))
+  page, readme = place / "compare.html", place / "README.md"
+  readme.write_text(f"# Why\n{table.BEGIN}\n{table.END}\n")
+  for only in ("a", "b-s0"):
+    assert cli.main(["sweep", str(place), f"--only={only}"]) == 0
+    assert not page.exists() and "| arm |" not in readme.read_text()
+  assert cli.main(["sweep", str(place), "--only=b-s1"]) == 0
+  assert "| b | 2 | 4.4000 |" in readme.read_text()
+  assert "curves.png" in capsys.readouterr().out
+  page.unlink()
+  assert cli.main(["sweep", str(place), "--only=b-s1"]) == 0
+  assert not page.exists()  # nothing has ended here
+  assert cli.main(["sweep", str(place)]) == 0
+  assert page.exists()
+
+
+def test_two_that_end_at_once_write_one_after_the_other(place, monkeypatch):
+  monkeypatch.setattr(process, "command", trial.command("train"))
+  order, alone = [], process.alone(place.parents[1] / "runs" / "q")
+  monkeypatch.setattr(lab, "_answer", lambda *_, **__: order.append("ours"))
+
+  def write():
+    with alone:
+      holds.set()
+      while kept.read_text().count("\n") < 4:
+        time.sleep(0.01)
+      time.sleep(1)
+      order.append("theirs")
+
+  kept, holds = place / "results.jsonl", threading.Event()
+  kept.touch()
+  other = threading.Thread(target=write)
+  other.start()
+  holds.wait()
+  assert cli.main(["sweep", str(place)]) == 0
+  other.join()
+  assert order == ["theirs", "ours"]
