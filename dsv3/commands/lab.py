@@ -21,6 +21,7 @@ from dsv3.lab import (
   plots,
   process,
   ray_cluster,
+  results,
   slurm,
   table,
 )
@@ -45,11 +46,24 @@ def sweep(arguments: argparse.Namespace) -> int:
     launcher = _launcher(arguments, place, len(waiting))
     launcher.run(waiting)
   code = _tell(asked, board, launcher.signum)
-  ended = board.count("done") + board.count("failed")
-  if len(runs) == len(asked.runs) == ended and board.count("done"):
-    found = [comparing.compare(asked, metric) for metric in asked.metrics]
-    _answer(asked, found, asked.folder, relative=asked.relative)
+  if _is_last(asked, board, waiting):
+    with process.alone(folder):  # another may have ended as well
+      found = [comparing.compare(asked, metric) for metric in asked.metrics]
+      _answer(asked, found, asked.folder, relative=asked.relative)
   return code
+
+
+def _is_last(asked: experiment.Experiment, board: Board, waiting) -> bool:
+  """Whether all runs of the experiment have ended, and the last ones here.
+
+  Of some runs that had all ended before there is nothing new to be told.
+  """
+  lines = results.read(asked.results)
+  here = {run for run, s in board.state.items() if s in ("done", "failed")}
+  kept = {run for run in asked.runs if run.key in lines}
+  is_told = here.isdisjoint(waiting) and len(here) < len(asked.runs)
+  is_any_done = any(not lines[run.key]["error"] for run in kept)
+  return not is_told and len(here | kept) == len(asked.runs) and is_any_done
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -97,17 +111,25 @@ def _answer(
     print("the experiment's own table and pictures stay; others: --out=DIR")
   elif importlib.util.find_spec("matplotlib"):
     _write(asked, found, out, relative=relative)
+  else:
+    print(
+      "no pictures and no page: wanted the package matplotlib: pip install "
+      '"dsv3[plot]"'
+    )
   readme = asked.folder / "README.md"
   if out == asked.folder and table.into_readme(readme, table.markdown(found)):
     print(f"{readme}: its table is the one above")
 
 
 def _write(asked, found, out: pathlib.Path, *, relative: bool) -> None:
-  """Pictures and page."""
+  """Pictures and page; tables of further metrics have theirs in the name."""
   lines, _ = comparing.of_arms(asked)
   drawn = plots.draw_curves(found[0], lines, relative=relative)
   written = plots.save(drawn, out / "curves")
-  written += plots.save(plots.draw_table(found[0]), out / "table")
+  for i, comparison in enumerate(found):
+    metric = comparison.metric.replace("/", "-")
+    stem = out / (f"table-{metric}" if i else "table")
+    written += plots.save(plots.draw_table(comparison), stem)
   written.append(out / "compare.html")
   text = page.page(asked, found, lines, relative=relative)
   written[-1].write_text(text)
@@ -159,7 +181,8 @@ def _submit(arguments, asked, waiting, folder: pathlib.Path) -> int:
     print(f"{job.job_id}  {run}")
   print(
     f"{len(jobs)} jobs, {at_once} at once; logs in {folder / 'slurm'}; "
-    f"dsv3 sweep {arguments.folder} --list says what has ended"
+    f"dsv3 sweep {arguments.folder} --list says what has ended; the last to end "
+    "writes table and page"
   )
   return 0
 

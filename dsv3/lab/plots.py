@@ -144,7 +144,7 @@ def draw_table(found: Comparison):
 
 def save(figure, stem: pathlib.Path) -> list[pathlib.Path]:
   """`stem`.png and `stem`.svg."""
-  paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+  paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
   figure.savefig(paths[0], dpi=130)
   paths[1].write_text(svg(figure))
   return paths

@@ -4,6 +4,7 @@ A process can crash, run out of memory or be stopped, and the sweep goes on;
 what it did is in its folder, where `dsv3 train` goes on with it.
 """
 
+import contextlib
 import datetime
 import fcntl
 import os
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from dsv3.config import ConfigError
@@ -71,6 +72,16 @@ def claim(run: Run, runs: pathlib.Path) -> IO | None:
     file.close()
     return None
   return file
+
+
+@contextlib.contextmanager
+def alone(runs: pathlib.Path) -> Iterator[None]:
+  """Waits until no other sweep of these run folders is in here."""
+  folder = runs / "claims"
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / "answer", "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
 
 
 class Process:

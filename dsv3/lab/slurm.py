@@ -1,10 +1,13 @@
 """Runs of a sweep as a Slurm array, by submitit: `pip install "dsv3[slurm]"`.
 
 A job is `dsv3 sweep --only=ONE` on a node, which claims its run, goes on with it
-and writes its line, as on any other machine of the file system. So nothing has
-to wait for the jobs, and one that is preempted goes on where it was.
+and writes its line, as on any other machine of the file system; the last to end
+writes table and page. So nothing has to wait for the jobs, and one that is
+preempted goes on where it was.
 """
 
+import contextlib
+import io
 import pathlib
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -49,8 +52,8 @@ def submit(
   `parameters` are those of `submitit.AutoExecutor.update_parameters`, as
   timeout_min, gpus_per_node, slurm_partition; submitit's own limit of 5 minutes
   would end most runs, and MINUTES are asked for. `cluster` local: processes here.
-  Raises ConfigError without the package, without Slurm or for a parameter that
-  there is not.
+  Raises ConfigError without the package, without Slurm, for a parameter that
+  there is not, or with what sbatch says where it takes no job.
   """
   try:
     import submitit
@@ -65,9 +68,21 @@ def submit(
       slurm_array_parallelism=at_once,
       **{"timeout_min": MINUTES, **parameters},
     )
+    jobs = [Job(command, environment(1)) for command in commands]
+    # What sbatch says is printed too, and is in the error.
+    with contextlib.redirect_stderr(io.StringIO()), executor.batch():
+      return [executor.submit(job) for job in jobs]
   except (RuntimeError, NameError, ValueError, AssertionError) as error:
-    reason = str(error).strip().split("\n")[0][:200]
-    raise ConfigError(f"--launcher=slurm: {reason}") from error
-  jobs = [Job(command, environment(1)) for command in commands]
-  with executor.batch():
-    return [executor.submit(job) for job in jobs]
+    raise ConfigError(f"--launcher=slurm: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+  """The first line that tells of an error, else the first one.
+
+  >>> _reason(RuntimeError("sbatch: queued late\\nsbatch: error: no partition"))
+  'sbatch: error: no partition'
+  """
+  lines = [line for line in str(error).split("\n") if line.strip()]
+  lines = lines or ["sbatch takes no job and says nothing"]
+  found = next((line for line in lines if "error: " in line), lines[0])
+  return found.strip()[:200]

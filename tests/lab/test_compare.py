@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 
 import matplotlib.image
 import numpy as np
@@ -175,22 +176,44 @@ def test_compare_writes_table_pictures_page_and_readme(place, capsys):
   readme = place / "README.md"
   readme.write_text(f"# Why\n{table.BEGIN}\nold\n{table.END}\nVerdict: none.\n")
   with open(place / "sweep.py", "a") as file:
-    file.write('\nMETRICS = ["loss", "max_vio"]\n')
+    file.write('\nMETRICS = ["loss", "max_vio", "best/loss"]\n')
   assert cli.main(["compare", str(place)]) == 0
   said = capsys.readouterr().out
   assert "not separable" in said and "-0.0689 to +0.4689" in said
   text = readme.read_text()
   assert "| b | 3 | 3.2000 | 1.1000 | +0.2000 |" in text
   assert text.startswith("# Why") and text.endswith("Verdict: none.\n")
-  assert "old" not in text and text.count("| arm |") == 2
-  for name in ("curves.png", "curves.svg", "table.png", "table.svg"):
-    assert (place / name).stat().st_size > 5000, name
+  assert "old" not in text and text.count("| arm |") == 3
+  metrics = {
+    "table": "loss",
+    "table-max_vio": "max_vio",
+    "table-best-loss": "best/loss",
+  }
+  for stem in ("curves", *metrics):
+    for suffix in (".png", ".svg"):
+      assert (place / (stem + suffix)).stat().st_size > 5000, stem
+  for stem, metric in metrics.items():
+    assert f">{metric}, mean</text>" in (place / f"{stem}.svg").read_text()
   before = (place / "compare.html").read_text()
   asked = trial.load(place)
-  found = [compare.compare(asked, metric) for metric in ("loss", "max_vio")]
+  found = [compare.compare(asked, metric) for metric in metrics.values()]
   lines, _ = compare.of_arms(asked)
   assert page.page(asked, found, lines) == before  # no date, no chance
   assert cli.main(["compare", str(place), "--metric=los"]) == 2
+
+
+def test_a_sweep_without_matplotlib_says_which_extra_it_wants(
+  place, monkeypatch, capsys
+):
+  trial.record(place, LOSSES)
+  monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if not installed
+  assert cli.main(["sweep", str(place), f"--runs={place / 'runs'}"]) == 0
+  said = capsys.readouterr().out
+  assert "-0.0689 to +0.4689" in said and not (place / "compare.html").exists()
+  (line,) = [line for line in said.splitlines() if "dsv3[" in line]
+  assert line.endswith(
+    'wanted the package matplotlib: pip install "dsv3[plot]"'
+  )
 
 
 def test_another_question_leaves_the_kept_answer_alone(place, capsys, tmp_path):

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from dsv3 import cli, config, overlay
-from dsv3.lab import local, process
+from dsv3.commands import lab
+from dsv3.lab import local, process, table
 from dsv3.lab.board import Board
+from dsv3.train import logs
 from dsv3.train import run as run_folder
 from tests import micro
 from tests.lab import trial
@@ -269,3 +273,81 @@ def test_a_sweep_ends_in_the_table_and_the_page_whatever_has_failed(
   assert cli.main(["sweep", str(place)]) == 1
   assert "no luck" in capsys.readouterr().out
   assert (place / "compare.html").read_text().count("failed: no luck") == 2
+
+
+def test_the_process_that_ends_the_last_run_writes_table_and_page(
+  place, monkeypatch, capsys
+):
+  """As jobs of Slurm do, of which none has all runs."""
+  monkeypatch.setattr(process, "command", trial.command("train"))
+  page, readme = place / "compare.html", place / "README.md"
+  readme.write_text(f"# Why\n{table.BEGIN}\n{table.END}\n")
+  for only in ("a", "b-s0"):
+    assert cli.main(["sweep", str(place), f"--only={only}"]) == 0
+    assert not page.exists() and "| arm |" not in readme.read_text()
+  assert cli.main(["sweep", str(place), "--only=b-s1"]) == 0
+  assert "| b | 2 | 4.4000 |" in readme.read_text()
+  assert "curves.png" in capsys.readouterr().out
+  page.unlink()
+  assert cli.main(["sweep", str(place), "--only=b-s1"]) == 0
+  assert not page.exists()  # nothing has ended here
+  assert cli.main(["sweep", str(place)]) == 0
+  assert page.exists()
+
+
+def test_two_that_end_at_once_write_one_after_the_other(place, monkeypatch):
+  monkeypatch.setattr(process, "command", trial.command("train"))
+  order, alone = [], process.alone(place.parents[1] / "runs" / "q")
+  monkeypatch.setattr(lab, "_answer", lambda *_, **__: order.append("ours"))
+
+  def write():
+    with alone:
+      holds.set()
+      while kept.read_text().count("\n") < 4:
+        time.sleep(0.01)
+      time.sleep(1)
+      order.append("theirs")
+
+  kept, holds = place / "results.jsonl", threading.Event()
+  kept.touch()
+  other = threading.Thread(target=write)
+  other.start()
+  holds.wait()
+  assert cli.main(["sweep", str(place)]) == 0
+  other.join()
+  assert order == ["theirs", "ours"]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_cut_goes_on_to_the_same_curve(tmp_path):
+  """SIGTERM to `dsv3 sweep` itself, in the middle of a run that trains."""
+  few = {"train__steps": 400, "train__checkpoint_every": 20}
+  diff = trial.trains(tmp_path) | few
+
+  def sweep(name):
+    folder = tmp_path / name
+    words = [sys.executable, "-m", "dsv3", "sweep", folder / "experiments/q"]
+    words += ["--only=a-s0", f"--runs={folder / 'runs'}"]
+    return subprocess.Popen(words, env=process.environment(1))
+
+  place, run = trial.write(tmp_path / "cut", **diff), tmp_path / "cut/runs/a-s0"
+  first = sweep("cut")
+  while not list(run.glob("checkpoints/[1-9]*/meta/metadata")):
+    assert first.poll() is None
+    time.sleep(0.01)
+  first.send_signal(signal.SIGTERM)
+  assert first.wait(timeout=300) == 128 + signal.SIGTERM
+  assert not (place / "results.jsonl").exists()
+  cut_at = logs.read_metrics(run)[-1]["step"]
+  assert 20 <= cut_at < 400
+  assert sweep("cut").wait(timeout=300) == 0
+  (cut,) = trial.lines(place)
+  assert f"goes on after step {cut_at}" in (run / "log.txt").read_text()
+
+  place = trial.write(tmp_path / "whole", **diff)
+  assert sweep("whole").wait(timeout=300) == 0
+  (whole,) = trial.lines(place)
+  assert (cut["starts"], whole["starts"]) == (2, 1)
+  assert cut["steps"] == 400 and len(cut["curve"]["loss/main"]) == 400
+  for part in ("id", "curve", "heldout", "final", "tokens"):
+    assert cut[part] == whole[part], part

@@ -1,6 +1,6 @@
 """Array jobs: on submitit's executor of local processes, and Slurm where it is."""
 
-import shutil
+import subprocess
 import sys
 
 import pytest
@@ -51,16 +51,25 @@ def test_a_job_claims_its_run_and_writes_its_line(submitted):
   assert "nowhere/text.txt" in line["error"]
 
 
-IS_THERE = pytest.mark.skipif(not shutil.which("sbatch"), reason="no Slurm")
+def skip_without_slurm():
+  """Its commands may be there, and no controller that answers them."""
+  try:
+    said = subprocess.run(
+      ["scontrol", "ping"], capture_output=True, text=True, timeout=5
+    ).stdout
+  except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+    pytest.skip(f"no Slurm: {error}")
+  if "is UP" not in said:
+    pytest.skip("no Slurm: no controller answers")
 
 
-@pytest.mark.parametrize(
-  "cluster", ["local", pytest.param("slurm", marks=IS_THERE)]
-)
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
 def test_a_sweep_is_handed_in_and_trains(
   cluster, tmp_path, monkeypatch, capsys
 ):
   """As from the command line; the runs are of one arm, an array of two jobs."""
+  if cluster == "slurm":
+    skip_without_slurm()
   monkeypatch.chdir(tmp_path)
   for name, value in environment(1).items():
     monkeypatch.setenv(name, value)
@@ -117,6 +126,23 @@ def test_what_slurm_does_not_know_is_one_line(tmp_path, monkeypatch, capsys):
   said = capsys.readouterr().err
   assert said.startswith("dsv3: error: --launcher=slurm: ")
   assert said.count("\n") == 1
+
+
+def test_what_sbatch_refuses_is_one_line(tmp_path, monkeypatch, capfd):
+  place, tools = trial.write(tmp_path), tmp_path / "tools"
+  tools.mkdir()
+  said = "sbatch: a word of the cluster\nsbatch: error: invalid partition: no\n"
+  for name in ("sbatch", "srun"):
+    (tools / name).write_text(f"#!/bin/sh\nprintf '{said}' >&2\nexit 1\n")
+    (tools / name).chmod(0o755)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("PATH", str(tools), prepend=":")
+  words = ["sweep", str(place), "--launcher=slurm"]
+  for more in ([], ["--index=0"]):  # an array, and one job
+    assert cli.main([*words, *more, "--slurm=slurm_partition=no"]) == 2
+    assert capfd.readouterr().err == (
+      "dsv3: error: --launcher=slurm: sbatch: error: invalid partition: no\n"
+    )
 
 
 def test_only_takes_arms_and_runs(tmp_path):
