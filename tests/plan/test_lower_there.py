@@ -27,16 +27,24 @@ SIZES = {
   "schedule.batch_size_start": 16,
 }
 
+MESH = "fsdp=2,expert=4,expert_rows=2"
+LAYERS_OF_671B = {  # three dense ones, one of experts and the MTP module
+  "model.n_layers": 4,
+  "model.precision.recipe": "bf16",
+  "schedule.batch_size": 16,
+  "schedule.batch_size_start": 16,
+}
 
-def lowered(target: str) -> dict:
-  """What `dsv3 plan --lower` says of a small model, in a process of its own."""
+
+def lowered(target: str, base="tiny", sizes=SIZES, mesh=MESH) -> dict:
+  """What `dsv3 plan --lower` says of a model, in a process of its own."""
   # What a test's process has for its CPU devices.
   mine = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
   kept = {k: v for k, v in os.environ.items() if k not in mine}
-  options = ["--mesh=fsdp=2,expert=4,expert_rows=2", "--microbatches=2"]
-  options += [f"--config.{name}={value}" for name, value in SIZES.items()]
+  options = [f"--mesh={mesh}", "--microbatches=2"]
+  options += [f"--config.{name}={value}" for name, value in sizes.items()]
   run = subprocess.run(
-    [sys.executable, "-m", "dsv3", "plan", "--config=tiny", "--json"]
+    [sys.executable, "-m", "dsv3", "plan", f"--config={base}", "--json"]
     + [f"--lower={target}", *options],
     env=kept,
     cwd=ROOT,
@@ -93,6 +101,24 @@ def test_a_step_compiles_for_eight_h200s():
   sent = {(r["place"], r["kind"]): r for r in found["sent"]}
   gathered = sent["MoE layer, forward", "all-gather"]["bytes_each"]
   assert gathered < 0.55 * bytes_in_float32(fsdp=2, expert=4)
+
+
+@pytest.mark.hopper
+@pytest.mark.skipif(
+  not importlib.util.find_spec("jax_cuda13_plugin"),
+  reason="needs CUDA's compiler: pip install -e '.[hopper-compile]'",
+)
+def test_layers_of_671b_compile_for_eight_h200s():
+  """In their true widths: no surprise, and a device's experts gathered in BF16."""
+  found = lowered("h200:1x8", "v3_671b", LAYERS_OF_671B)
+  assert found["surprises"] == []
+  sent = {(r["place"], r["kind"]): r for r in found["sent"]}
+  gathered = sent["MoE layer, forward", "all-gather"]["bytes_each"]
+  experts = 256 // 4 * 3 * 7168 * 2048 * 2
+  assert experts < gathered < 1.5 * experts
+  # A token goes to eight experts; buffers are for twice the mean, in BF16.
+  rows = sent["MoE layer, forward", "ragged-all-to-all"]["bytes_each"]
+  assert rows > 4096 * 8 * 7168 * 2
 
 
 @pytest.mark.tpu
