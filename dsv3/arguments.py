@@ -268,6 +268,14 @@ def parser() -> argparse.ArgumentParser:
   replay.add_argument(
     "--diff", nargs="+", metavar="KEY=VALUE", help="of the run's config"
   )
+  replay.add_argument(
+    "--record", metavar="FILE.npz", help="write down what the routers choose"
+  )
+  replay.add_argument(
+    "--frozen",
+    metavar="FILE.npz",
+    help="the routers choose as in this --record of the same steps",
+  )
   replay.add_argument("--out", metavar="FILE", help="[in RUN/replays]")
 
   routing = add("routing", "which experts a text uses: a table and a map")

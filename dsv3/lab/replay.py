@@ -3,6 +3,9 @@
 The same batches in the same order, from the same weights and moments: what is
 different afterwards is the knob's doing. Without a change the numbers are the
 run's own, to the bit, on the machine and versions that it ran on.
+
+The routers' choices can be recorded, and frozen in another replay of the same
+steps (`lab/frozen.py`): what is still different then is not the routing's doing.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ import numpy as np
 from dsv3 import config, overlay
 from dsv3.config import ConfigError
 from dsv3.data.batches import Batches
+from dsv3.lab import frozen as routers
 from dsv3.train import feed, layout, program, run, schedule, state
 from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.logs import read_metrics
@@ -31,14 +35,27 @@ def replay(
   first: int,
   steps: int,
   diff: Mapping[str, Any] | None = None,
+  *,
+  record: str | pathlib.Path | None = None,
+  frozen: str | pathlib.Path | None = None,
 ) -> Iterator[dict[str, float]]:
   """Metrics of `steps` steps after checkpoint `first`, under a changed config.
 
+  `record` is a file for the choices of every router, written after the last
+  step; `frozen` is one whose choices the routers take. A run's own choices
+  frozen give its own numbers, to the bit where the frozen program rounds as the
+  run's does and none is `misrecorded` (`frozen.Recorder`).
+
   Raises:
     ConfigError: no such checkpoint, a change of the data, of the shapes of
-      parameters or moments, or steps past the end of the run.
+      parameters or moments, steps past the end of the run, or a trace of other
+      steps, of other rows or of another model.
   """
+  if record is not None and frozen is not None:
+    raise ConfigError("--record: found beside --frozen, wanted one of them")
   values = _values(workdir, first, diff or {})
+  if not values.model.n_routers and (record is not None or frozen is not None):
+    raise ConfigError("replay: found a dense model, wanted routers")
   if first + steps > values.train.steps > 0:
     raise ConfigError(
       f"--steps: found {steps}, wanted at most {values.train.steps - first}: "
@@ -51,15 +68,29 @@ def replay(
   start = state.with_memory(start, values.model)
   ahead = meta["sequences"] - plan.first_sequence(first)
   rows = feed.training(Batches(values, values.train.seed), plan, first, ahead)
-  return _run(made.step, start, rows, first, steps)
+  steps = range(first + 1, first + steps + 1)
+  if frozen is not None:
+    step = routers.frozen_step(made, values, plan)
+    rows = routers.give(routers.load(frozen, steps), values.model, rows)
+    return _run(step, start, rows, steps)
+  if record is not None:
+    return _record(
+      record, routers.Recorder(values, made.step), start, rows, steps
+    )
+  return _run(made.step, start, rows, steps)
 
 
-def _run(step, now, rows, first, steps):
-  for done, batch in zip(range(first + 1, first + steps + 1), rows):
+def _run(step, now, rows, steps):
+  for number, batch in zip(steps, rows):
     now, metrics = step(now, batch)
     metrics = jax.device_get(metrics)
     found = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
-    yield {"step": done, **found}
+    yield {"step": number, **found}
+
+
+def _record(path, recorder, start, rows, steps):
+  yield from _run(recorder, start, rows, steps)
+  routers.save(path, recorder.trace)
 
 
 def _values(workdir, first, diff) -> config.Config:

@@ -13,7 +13,7 @@ router alone changes.
 import functools
 import pathlib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,19 +52,23 @@ def load(path: str | pathlib.Path) -> Trace:
   return Trace(**arrays | {"n_routed": int(arrays["n_routed"])})
 
 
-class _Recorder(nnx.Module):
-  """A router that keeps what it has decided."""
+class Recorder(nnx.Module):
+  """A router that hands on what it decides, to `keep`: not in a scan or remat."""
 
-  def __init__(self, router: moe.Router):
-    self.router, self.moe = router, router.moe
+  def __init__(self, router: nnx.Module, keep: Callable):
+    self.router, self.moe, self.keep = router, router.moe, keep
 
   def __call__(self, u_TD):
-    self.found = nnx.data(self.router(u_TD))
-    return self.found
+    routed = self.router(u_TD)
+    self.keep(routed)
+    return routed
 
 
-class _Frozen(nnx.Module):
-  """A router whose choice is made; the gates are of its own affinities."""
+class Frozen(nnx.Module):
+  """A router whose choice is made; the gates are of its own affinities.
+
+  Of a stack of routers both, `router` and `experts_TK`, have X in front.
+  """
 
   def __init__(self, router: moe.Router, experts_TK):
     self.router, self.moe = router, router.moe
@@ -148,12 +152,9 @@ def _forward(weights, tokens_BL, segments_BL, experts_XBLK, *, graphdef):
       router = block.ffn.router
       if experts_XBLK is not None:
         experts_TK = experts_XBLK[len(found)].reshape(tokens_BL.size, -1)
-        router = _Frozen(router, experts_TK)
-      block.ffn.router = recorder = _Recorder(router)
-      x_BLD, _ = block(x_BLD, segments_BL)
-      found.append(recorder.found)
-    else:
-      x_BLD, _ = block(x_BLD, segments_BL)
+        router = Frozen(router, experts_TK)
+      block.ffn.router = Recorder(router, found.append)
+    x_BLD, _ = block(x_BLD, segments_BL)
   same = segments_BL[:, 1:] == segments_BL[:, :-1]
   known_BL = same & (segments_BL[:, 1:] > 0)
   label_BL = jnp.where(known_BL, tokens_BL[:, 1:], -1)

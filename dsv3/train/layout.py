@@ -14,8 +14,6 @@ from dsv3.train import optimizer
 from dsv3.train.state import TrainState, create
 from dsv3.train.step import Batch
 
-BATCH = Batch("BL", "BPL", "BL")  # the dims of a batch's arrays
-
 
 class Share(NamedTuple):
   """Rows of a batch that a process reads."""
@@ -57,7 +55,7 @@ class Layout:
 
   def of_batch(self) -> Batch:
     """A sharding for every array of a batch: rows dealt, positions cut."""
-    return Batch(*(shardings.computed(dims, self.mesh) for dims in BATCH))
+    return Batch(*(shardings.computed(dims, self.mesh) for dims in Batch.dims))
 
   def share(self, n_rows: int) -> Share:
     """The rows that the devices of this process compute on.

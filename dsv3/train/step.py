@@ -13,6 +13,7 @@ from flax import nnx
 
 from dsv3 import config
 from dsv3.nn import precision
+from dsv3.nn.transformer import Output, Transformer
 from dsv3.ops import balance, dispatch, losses
 from dsv3.ops.placement import ONE_DEVICE, Placement
 from dsv3.train import metrics
@@ -26,6 +27,12 @@ class Batch(NamedTuple):
   tokens_BL: jax.Array  # int32
   labels_BPL: jax.Array  # int32: [:, p, i] is token i + p + 1
   segments_BL: jax.Array  # int32: documents a row attends within; 0 is padding
+
+  dims = "BL", "BPL", "BL"  # of the arrays, for a `Placement`
+
+  def through(self, model: Transformer) -> Output:
+    """The forward pass; a replay has rows with frozen choices (`lab/frozen`)."""
+    return model(self.tokens_BL, self.segments_BL, self.labels_BPL[:, :-1])
 
 
 class Sums(NamedTuple):
@@ -44,7 +51,7 @@ def loss_fn(params, router, batch, count, total_XE, hyper, *, graphdef, values):
   count of the global batch, or None where the microbatch is all of it.
   """
   model = nnx.merge(graphdef, params, router)
-  out = model(batch.tokens_BL, batch.segments_BL, batch.labels_BPL[:, :-1])
+  out = batch.through(model)
   token_losses = [
     model.loss(
       hidden, batch.labels_BPL[:, p], z_loss=values.schedule.z_weight > 0
@@ -71,9 +78,7 @@ def loss_fn(params, router, batch, count, total_XE, hyper, *, graphdef, values):
 
 def count_choices(params, router, batch, *, graphdef) -> jax.Array:
   """Balance counts of a microbatch, [X, E]: the batch-wise loss needs them all."""
-  out = nnx.merge(graphdef, params, router)(
-    batch.tokens_BL, batch.segments_BL, batch.labels_BPL[:, :-1]
-  )
+  out = batch.through(nnx.merge(graphdef, params, router))
   return out.traffic.count.sum(1)
 
 
@@ -81,10 +86,6 @@ class Largest(NamedTuple):
   """Of microbatches, what does not add up: the largest counts. Not negative."""
 
   tree: Any
-
-
-# Letters of a microbatch's dims, for `Placement.place`; P and G stay whole.
-DIMS = Batch("GBL", "GBPL", "GBL")
 
 
 def add_up(
@@ -102,10 +103,10 @@ def add_up(
     return function(batch, jnp.int32(0))
   parts_G = jax.tree.map(
     lambda x, dims: placement.place(
-      x.reshape(microbatches, -1, *x.shape[1:]), dims
+      x.reshape(microbatches, -1, *x.shape[1:]), "G" + dims
     ),
     batch,
-    DIMS,
+    type(batch)(*batch.dims),
   )
   number_G = jnp.arange(microbatches)
   first = jax.tree.map(lambda x: x[0], (parts_G, number_G))
