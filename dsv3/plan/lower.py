@@ -282,8 +282,8 @@ def _too_large(total: int, device: jax.Device) -> list[str]:
   if not room or total <= room:
     return []
   return [
-    f"does not fit: a device holds {total / 1e9:,.1f} GB, and a {chip.name} has "
-    f"{room / 1e9:,.0f}; dsv3 plan --search says which meshes fit"
+    f"does not fit: a device holds {total / 1e9:,.1f} GB of the "
+    f"{room / 1e9:,.0f} of {chip.name}; dsv3 plan --search says which meshes fit"
   ]
 
 

@@ -337,7 +337,7 @@ def test_what_does_not_fit_is_a_surprise():
   device = types.SimpleNamespace(device_kind="NVIDIA H200")
   assert lower._too_large(146 * 10**9, device) == []
   (told,) = lower._too_large(829 * 10**9, device)
-  assert "829.0 GB" in told and "h200 has 151" in told
+  assert "829.0 GB" in told and "151 of h200" in told
   assert lower._too_large(10**15, jax.devices("cpu")[0]) == []
 
 
