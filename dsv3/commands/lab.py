@@ -59,11 +59,13 @@ def _is_last(asked: experiment.Experiment, board: Board, waiting) -> bool:
   Of some runs that had all ended before there is nothing new to be told.
   """
   lines = results.read(asked.results)
-  here = {run for run, s in board.state.items() if s in ("done", "failed")}
   kept = {run for run in asked.runs if run.key in lines}
-  is_told = here.isdisjoint(waiting) and len(here) < len(asked.runs)
-  is_any_done = any(not lines[run.key]["error"] for run in kept)
-  return not is_told and len(here | kept) == len(asked.runs) and is_any_done
+  here = {run for run, s in board.state.items() if s in ("done", "failed")}
+  if len(kept | here) < len(asked.runs) or all(
+    lines[run.key]["error"] for run in kept
+  ):
+    return False
+  return not here.isdisjoint(waiting) or len(here) == len(asked.runs)
 
 
 def compare(arguments: argparse.Namespace) -> None:

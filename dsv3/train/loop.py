@@ -22,10 +22,19 @@ from dsv3.data.batches import Batches
 from dsv3.data.prefetch import prefetch
 from dsv3.errors import RunError
 from dsv3.eval import bpb
-from dsv3.parallel import mesh, processes
+from dsv3.parallel import processes
 from dsv3.parallel.presence import Presence
 from dsv3.plan import chips, count, here
-from dsv3.train import begin, feed, identity, layout, program, run, schedule
+from dsv3.train import (
+  begin,
+  feed,
+  identity,
+  layout,
+  opening,
+  program,
+  run,
+  schedule,
+)
 from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.clock import Clock
 from dsv3.train.ema import HostEma
@@ -161,56 +170,22 @@ class _Trainer:
     return Batches(self.values, 0, "heldout")
 
   def _greet(self, changed: dict[str, tuple[Any, Any]]) -> None:
-    for key, (old, new) in changed.items():
-      self.progress.tell(f"{key}: {old} -> {new}")
-    if "train.steps" in changed and self.values.schedule.time == "share":
-      self._tell_stretched(changed["train.steps"][0])
-    if self.done:
-      self.progress.tell(f"{self.workdir}: goes on after step {self.done}")
-    size = count.by_formula(self.values.model)
-    self.progress.tell(
-      f"{self.values.name}: {size.main + size.mtp:,} parameters, "
-      f"{size.active:,} active; {self.schedule.steps:,} steps of "
-      f"{self.schedule.batch_size(self.done)} x {self.values.data.seq_len} "
-      f"tokens on {self._devices()}"
+    said = opening.of_run(
+      self.values,
+      self.workdir,
+      self.layout.sizes,
+      self.schedule,
+      self.done,
+      changed,
     )
-    self._tell_of_nodes()
+    for line in said:
+      self.progress.tell(line)
     self.plan = here.forecast(self.values, self.layout.sizes)
     if self.plan:
       self.progress.tell(self.plan.forecast())
-    for part in self.data.report(self._sequences(self.schedule.steps)):
-      self.progress.tell(
-        f"{part.source}: {part.documents:,} documents, {part.bytes:,} bytes, "
-        f"{part.tokens:,} tokens, "
-        f"{part.share:.0%} of the rows, {part.epochs:.2f} epochs"
-      )
-
-  def _tell_of_nodes(self) -> None:
-    """Experts that lie in several nodes, which the exchange does not know of."""
-    nodes, sizes = mesh.nodes_of_experts(self.layout.sizes), self.layout.sizes
-    if 1 < nodes != sizes.expert_nodes:
-      self.progress.tell(
-        f"config.mesh.expert_nodes: found {sizes.expert_nodes}, and experts lie in "
-        f"{nodes} nodes: with {nodes} a token would go to each of them once"
-      )
-
-  def _devices(self) -> str:
-    """The devices of the run, and those that it leaves idle."""
-    sizes, there = self.layout.sizes, jax.device_count()
-    text = f"{sizes.size} x {jax.devices()[0].device_kind}"
-    text += f", {sizes}" if sizes.size > 1 else ""
-    idle = there - sizes.size
-    return text + (f"; {idle} of {there} idle, by config.mesh" if idle else "")
-
-  def _tell_stretched(self, steps_before: int) -> None:
-    """A schedule in shares of the run is another one when the run is longer."""
-    train_values = dataclasses.replace(self.values.train, steps=steps_before)
-    before = schedule.make(dataclasses.replace(self.values, train=train_values))
-    old, new = (float(s(self.done).lr) for s in (before, self.schedule))
-    self.progress.tell(
-      "schedule.time = share: the schedule stretches with the run; the next "
-      f"step's learning rate goes from {old:.2e} to {new:.2e}"
-    )
+    shares = self.data.report(self._sequences(self.schedule.steps))
+    for line in opening.of_data(shares):
+      self.progress.tell(line)
 
   def _sequences(self, done: int) -> int:
     """Sequences read when `done` steps are done: the data position."""
