@@ -111,7 +111,8 @@ def get_config() -> ConfigDict:
   schedule.mtp_weight_late = 0.1  # Sec. 4.2
   schedule.mtp_weight_tokens = 10e12  # Sec. 4.2: the first 10T
   schedule.bias_speed = 0.001  # Sec. 4.2: gamma
-  schedule.bias_speed_tokens = 14.3e12  # Sec. 4.2: 0 afterwards
+  schedule.bias_speed_tokens = 14.3e12  # Sec. 4.2
+  schedule.bias_speed_late = 0.0  # Sec. 4.2: for the last 500B
   schedule.balance_weight = 1e-4  # Sec. 4.2: alpha
   schedule.z_weight = 0.0  # not in the report
   schedule.batch_size = 15_360  # Sec. 4.2

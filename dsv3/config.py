@@ -193,6 +193,7 @@ class Schedule:
   batch_size_start: int
   batch_ramp_tokens: float
   batch_ramp_stages: int
+  bias_speed_late: float = 0.0  # after bias_speed_tokens
 
 
 @dataclasses.dataclass(frozen=True)

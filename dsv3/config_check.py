@@ -130,11 +130,11 @@ def _check_mesh(mesh) -> None:
 _MAY_BE_ZERO = frozenset(
   "n_dense_layers q_rank n_shared depth fim_rate split_rate heldout "
   "weight_decay clip_norm warmup_steps mtp_weight mtp_weight_late "
-  "mtp_weight_tokens bias_speed bias_speed_tokens balance_weight z_weight "
-  "batch_ramp_tokens lr_last_tokens lr_constant_tokens lr_cosine_tokens "
-  "lr_end lr_last seed steps max_minutes ema_decay max_skipped eval_every "
-  "eval_batches final_eval_batches checkpoint_every checkpoint_minutes b1 b2 "
-  "report_every guard".split()
+  "mtp_weight_tokens bias_speed bias_speed_tokens bias_speed_late "
+  "balance_weight z_weight batch_ramp_tokens lr_last_tokens lr_constant_tokens "
+  "lr_cosine_tokens lr_end lr_last seed steps max_minutes ema_decay max_skipped "
+  "eval_every eval_batches final_eval_batches checkpoint_every "
+  "checkpoint_minutes b1 b2 report_every guard".split()
 )
 _SHARES = frozenset("fim_rate split_rate heldout ema_decay b1 b2".split())
 

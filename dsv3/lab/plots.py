@@ -105,7 +105,7 @@ def draw_forest(axis, found: Comparison) -> None:
     axis.axvspan(-EFFECT, EFFECT, color="grey", alpha=0.12, lw=0)
   names = [f"{row.name}\n{row.verdict}" for row in rows]
   axis.set_yticks(range(len(rows)), names, fontsize=8)
-  axis.set_ylim(len(rows) - 0.5, -0.5)
+  axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
   title = f"{found.metric} minus {found.baseline}: seeds, mean, 95%"
   axis.set_title(title, fontsize=10)
   axis.grid(axis="x", alpha=0.25)

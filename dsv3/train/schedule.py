@@ -69,7 +69,9 @@ class Schedule:
       ),
       balance_weight=jnp.float32(v.balance_weight),
       z_weight=jnp.float32(v.z_weight),
-      bias_speed=jnp.where(at < v.bias_speed_tokens, v.bias_speed, 0.0),
+      bias_speed=jnp.where(
+        at < v.bias_speed_tokens, v.bias_speed, v.bias_speed_late
+      ),
       tokens=tokens,
     )
 

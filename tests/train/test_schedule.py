@@ -77,6 +77,18 @@ def test_sec42_mtp_weight_and_bias_speed(tokens):
   assert float(found.z_weight) == 0
 
 
+def test_a_bias_can_go_on_at_another_speed():
+  values = micro.config_of(
+    {
+      "train.steps": 100,
+      "schedule.bias_speed_tokens": 14.8e12 / 2,
+      "schedule.bias_speed_late": 0.0003,
+    }
+  )
+  found = jax.vmap(schedule.make(values))(jnp.arange(100)).bias_speed
+  np.testing.assert_allclose(found, [0.001] * 50 + [0.0003] * 50)
+
+
 @pytest.mark.parametrize("tokens", [0, 100e9, 130e9, 240e9, 460e9, 475e9, 9e12])
 def test_sec42_batch_climbs_in_stairs_over_469b_tokens(tokens):
   stages = len(paper().sizes) - 1
