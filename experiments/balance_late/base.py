@@ -1,0 +1,4 @@
+"""As `experiments/balance_large_batch`."""
+
+BASE = "../balance_large_batch/base"
+DIFF = {"name": "balance_late"}
