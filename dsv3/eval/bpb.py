@@ -37,7 +37,8 @@ class Score(NamedTuple):
 def _sums(params, router, memory, batch, *, graphdef, microbatches):
   """Cross-entropy, labels and load of every MoE layer in a batch."""
   values = nnx.merge(graphdef, params, router).model
-  weights = precision.attach(params, precision.prepare(params, values, memory))
+  prepared = precision.prepare(params, values, memory)
+  weights = precision.attach(params, values, prepared)
   model = nnx.merge(graphdef, weights, router)
 
   def of_part(part, _):

@@ -177,7 +177,7 @@ def _choose(state: TrainState, part: Batch, *, graphdef):
   """Choices and loads of a microbatch, under weights as its step has them."""
   model = nnx.merge(graphdef, state.params, state.router).model
   prepared = precision.prepare(state.params, model, state.precision)
-  weights = precision.attach(state.params, prepared)
+  weights = precision.attach(state.params, model, prepared)
   network, found = nnx.merge(graphdef, weights, state.router), []
   for ffn in _stacks(network):
     ffn.router = routing.Recorder(ffn.router, found.append)

@@ -21,7 +21,7 @@ from dsv3.nn.layers import Matrix, canonical
 from dsv3.nn.transformer import gemm_of
 from dsv3.ops import fp8, report
 from dsv3.ops.gemm import passes_of
-from dsv3.ops.linear import Weight, weight_copies
+from dsv3.ops.linear import Weight, unread, weight_copies
 from dsv3.ops.products import Products
 from dsv3.ops.recipes import Recipe
 
@@ -140,7 +140,10 @@ def _high(name, n_layers, model, memory):
 
 
 def attach(
-  params: nnx.State, prepared: dict[str, Weight], **more: Named | None
+  params: nnx.State,
+  model: config.Model,
+  prepared: dict[str, Weight],
+  **more: Named | None,
 ) -> nnx.State:
   """Parameters for `nnx.merge`: Linears with what is beside them.
 
@@ -148,16 +151,25 @@ def attach(
   """
   if not prepared:
     return params
-  flat = []
+  recipe, flat = recipe_of(model), []
   for path, variable in nnx.to_flat_state(params):
     name = ".".join(path)
     if name in prepared:
       fields = {field: named[name] for field, named in more.items() if named}
       fields["master"] = variable.get_value()
       weight = dataclasses.replace(prepared[name], **fields)
+      if not _is_read(weight, recipe):
+        weight = dataclasses.replace(weight, master=unread(weight.master))
       variable = variable.replace(weight)
     flat.append((path, variable))
   return nnx.from_flat_state(flat)
+
+
+def _is_read(weight: Weight, recipe: Recipe) -> bool:
+  """Whether anything reads the array itself, beside its copies."""
+  readers = weight.amax, weight.report, weight.high
+  copied = recipe.fprop_w and recipe.dgrad_w
+  return not copied or any(reader is not None for reader in readers)
 
 
 def zeros(params: nnx.State, shape: tuple[int, ...]) -> Named:

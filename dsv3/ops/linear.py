@@ -61,6 +61,19 @@ class Passes:
   swiglu: bool  # x is SwiGLU's output, whose inputs are kept
 
 
+@jax.custom_vjp
+def unread(master: jax.Array) -> jax.Array:
+  """NaN in the place of a weight, which gets its gradient.
+
+  For one whose copies are all that products read: nothing of it is then gathered,
+  and reading it after all is not overlooked.
+  """
+  return jnp.full_like(master, jnp.nan)
+
+
+unread.defvjp(lambda master: (unread(master), None), lambda _, dw: (dw,))
+
+
 def weight_copies(
   passes: Passes, master: jax.Array, past=None
 ) -> tuple[Quantised | None, Quantised | None]:

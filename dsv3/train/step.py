@@ -148,7 +148,9 @@ def objective(
   key = jax.random.fold_in(jax.random.key(values.train.seed), state.step)
   key = jax.random.fold_in(key, number)
   seeds = precision.seeds(params, values.model, key)
-  weights = precision.attach(params, prepared, seed=seeds, **extras)
+  weights = precision.attach(
+    params, values.model, prepared, seed=seeds, **extras
+  )
   loss, sums = loss_fn(
     weights,
     state.router,
@@ -181,7 +183,7 @@ def accumulate(
   with jax.named_scope("quantise"):
     prepared = precision.prepare(state.params, values.model, state.precision)
   if microbatches > 1 and "batch" in values.model.moe.balancing:
-    weights = precision.attach(state.params, prepared)
+    weights = precision.attach(state.params, values.model, prepared)
     counted = lambda part, _: count_choices(
       weights, state.router, part, graphdef=graphdef
     )

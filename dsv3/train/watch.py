@@ -46,7 +46,7 @@ def make_report(graphdef, values: config.Config, schedule: Schedule):
     prepared = precision.prepare(state.params, values.model, state.precision)
     total_XE = None
     if "batch" in values.model.moe.balancing:
-      weights = precision.attach(state.params, prepared)
+      weights = precision.attach(state.params, values.model, prepared)
       total_XE = count_choices(weights, state.router, part, graphdef=graphdef)
     of_zeros = functools.partial(objective, graphdef=graphdef, values=values)
     found, _ = jax.grad(of_zeros, argnums=1, has_aux=True)(

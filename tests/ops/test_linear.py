@@ -9,7 +9,7 @@ import pytest
 
 from dsv3.ops import gemm, recipes
 from dsv3.ops.hopper_products import HopperProducts
-from dsv3.ops.linear import Weight, weight_copies
+from dsv3.ops.linear import Weight, unread, weight_copies
 from dsv3.ops.products import Products
 from dsv3.ops.swiglu import swiglu
 from tests.oracle import fp8_linear as oracle
@@ -201,6 +201,10 @@ def test_copies_of_a_step_are_what_a_microbatch_would_make():
   plain = run(dot, x, w, dy)
   found = run(lambda x, w: dot(x, Weight(w, *copies)), x, w, dy)
   for a, b in zip(found, plain):
+    np.testing.assert_array_equal(a, b)
+  # The weight itself is not read, and has its gradient all the same.
+  alone = run(lambda x, w: dot(x, Weight(unread(w), *copies)), x, w, dy)
+  for a, b in zip(alone, plain):
     np.testing.assert_array_equal(a, b)
   # And they are what is read: with other copies there is another result.
   other = [dataclasses.replace(c, scale=2 * c.scale) for c in copies]

@@ -90,6 +90,33 @@ def test_sec331_what_is_no_linear_stays_high():
   }
 
 
+@pytest.mark.parametrize(
+  "diff, more, read",
+  [
+    ({}, (), []),
+    ({}, ("amax",), ["w_kr", "w_o"]),
+    ({}, ("report",), ["w_kr", "w_o"]),
+    ({"model.precision.high": ("*.w_o",)}, (), ["w_o"]),
+    ({"model.precision.changes": ("dgrad_w=bf16",)}, (), ["w_kr", "w_o"]),
+  ],
+  ids=str,
+)
+def test_a_weight_is_there_for_what_reads_it(diff, more, read):
+  """And nothing is in its place where the copies are all that is read."""
+  start = steps.prepared({**FP8, **diff})
+  params, model = start.start.params, start.values.model
+  prepared = precision.prepare(params, model)
+  zeros = {name: precision.zeros(params, (3,)) for name in more}
+  found = precision.attach(params, model, prepared, **zeros)
+  attention = found["moe"]["attention"]
+  there = [
+    name
+    for name in ("w_kr", "w_o")
+    if not jnp.isnan(attention[name].get_value().master).any()
+  ]
+  assert there == read
+
+
 @pytest.mark.slow
 def test_losses_are_near_those_of_bf16_and_not_the_same():
   low, _ = train(steps.prepared(FP8))
