@@ -1,6 +1,9 @@
 """How even is the load once the bias has settled?"""
 
+import pathlib
+
 from dsv3.lab.sweep import arms
+from dsv3.overlay import module_of
 
 BASE = "base"
 BASELINE = "sequence"
@@ -20,3 +23,10 @@ def runs():
       | {"model.moe.bias_step": "proportional", "schedule.bias_speed": 0.01},
     }
   )
+
+
+def answer(lines, folder):
+  tenth = module_of(
+    pathlib.Path(__file__).parents[1] / "balance_settled/tenth.py"
+  )
+  return tenth.answer(lines, folder)
