@@ -1,4 +1,4 @@
-"""How even is the load if the bias is fast at first and slow at the end?"""
+"""How even is the load if the bias has a speed for each part of a run?"""
 
 import pathlib
 
@@ -13,18 +13,27 @@ TOKENS = 14.8e12  # of the report, over which the config's shares are
 
 
 def runs():
+  proportional = {
+    "model.moe.balancing": "bias",
+    "model.moe.bias_step": "proportional",
+  }
   return arms(
     {
       "sequence": {
         "model.moe.balancing": "sequence",
         "schedule.balance_weight": 1e-3,
       },
-      "late": {
-        "model.moe.balancing": "bias",
-        "model.moe.bias_step": "proportional",
+      "late": proportional
+      | {
         "schedule.bias_speed": 0.03,
         "schedule.bias_speed_tokens": 0.9 * TOKENS,
         "schedule.bias_speed_late": 0.01,
+      },
+      "slow_first": proportional
+      | {
+        "schedule.bias_speed": 0.003,
+        "schedule.bias_speed_tokens": 0.5 * TOKENS,
+        "schedule.bias_speed_late": 0.02,
       },
     }
   )
