@@ -165,7 +165,8 @@ def parser() -> argparse.ArgumentParser:
     "--seeds",
     type=types.count,
     metavar="N",
-    help="of every arm [SEEDS of sweep.py, or 3]",
+    help="of every arm: the first of SEEDS, then those after [SEEDS of sweep.py, "
+    "or 3]",
   )
   sweep.add_argument(
     "--list", action="store_true", help="the runs and their states, no more"

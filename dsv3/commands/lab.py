@@ -5,7 +5,7 @@ import functools
 import importlib.util
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import jax
 
@@ -36,7 +36,7 @@ def sweep(arguments: argparse.Namespace) -> int:
   runs = _chosen(asked, arguments.index, arguments.only)
   waiting, known = local.left(asked, runs, retry=arguments.retry)
   if arguments.list:
-    _list(asked, known)
+    _list(asked, runs, known)
     return 0
   folder = pathlib.Path(arguments.runs or f"runs/{asked.name}")
   if arguments.launcher == "slurm":
@@ -48,8 +48,24 @@ def sweep(arguments: argparse.Namespace) -> int:
   code = _tell(asked, board, launcher.signum)
   if _is_last(asked, board, waiting):
     with process.alone(folder):  # another may have ended as well
-      found = [comparing.compare(asked, metric) for metric in asked.metrics]
-      _answer(asked, found, asked.folder, relative=asked.relative)
+      return _conclude(asked) or code
+  return code
+
+
+def _conclude(asked: experiment.Experiment) -> int:
+  """The answer at the end of a sweep; 1 where a metric is in no result.
+
+  A sweep has taken hours by then: what is found is told all the same.
+  """
+  found, code = [], 0
+  for metric in asked.metrics:
+    try:
+      found.append(comparing.compare(asked, metric))
+    except ConfigError as error:
+      print(f"METRICS of {asked.folder / 'sweep.py'}: {error}")
+      code = 1
+  if found:
+    _answer(asked, found, asked.folder, relative=asked.relative)
   return code
 
 
@@ -106,8 +122,7 @@ def _answer(
   lines = comparing.whole(comparing.of_arms(asked)[0])
   if relative:
     found[0].notes.extend(curves.relative_notes(lines, found[0].baseline))
-  if asked.answer:
-    found[0].notes.extend(asked.answer(lines, out))
+  found[0].notes.extend(_own_notes(asked, lines, out))
   print(table.plain(found), end="\n\n")
   if not kept:
     print("the experiment's own table and pictures stay; others: --out=DIR")
@@ -121,6 +136,20 @@ def _answer(
   readme = asked.folder / "README.md"
   if out == asked.folder and table.into_readme(readme, table.markdown(found)):
     print(f"{readme}: its table is the one above")
+
+
+def _own_notes(asked, lines, out: pathlib.Path) -> Sequence[str]:
+  """What the experiment itself finds in its results.
+
+  Its code may fail on results that it did not expect, and the tables are due.
+  """
+  if not asked.answer:
+    return []
+  try:
+    return list(asked.answer(lines, out))
+  except Exception as error:
+    what = f"{type(error).__name__}: {error}"
+    return [f"answer() of {asked.folder.name}/sweep.py failed: {what}"]
 
 
 def _write(asked, found, out: pathlib.Path, *, relative: bool) -> None:
@@ -139,8 +168,7 @@ def _write(asked, found, out: pathlib.Path, *, relative: bool) -> None:
 
 
 def _experiment(arguments: argparse.Namespace) -> experiment.Experiment:
-  seeds = range(arguments.seeds) if arguments.seeds else None
-  return experiment.load(arguments.folder, seeds, arguments.overrides)
+  return experiment.load(arguments.folder, arguments.seeds, arguments.overrides)
 
 
 def _launcher(arguments, place, n_waiting: int) -> local.Launcher:
@@ -193,14 +221,18 @@ def _chosen(
   asked: experiment.Experiment, index: int | None, only: Sequence[str]
 ) -> Sequence[experiment.Run]:
   """Those that --index or --only ask for."""
+  if index is not None and only:
+    raise ConfigError("--index: found beside --only, wanted one of them")
   names = lambda run: {run.name, str(run), f"{run.id}-s{run.seed}"}
-  if strange := sorted(set(only).difference(*map(names, asked.runs))):
+  known = set().union(*map(names, asked.runs))
+  wanted = set(_words_of(only, known))
+  if strange := sorted(wanted - known):
     raise ConfigError(
       f"--only: found {strange[0]}, wanted an arm ({', '.join(asked.arms)}) or "
       "a run of --list"
     )
   if index is None:
-    return [run for run in asked.runs if not only or names(run) & set(only)]
+    return [run for run in asked.runs if not only or names(run) & wanted]
   if index >= len(asked.runs):
     raise ConfigError(
       f"--index: found {index}, wanted 0 to {len(asked.runs) - 1}: "
@@ -209,11 +241,27 @@ def _chosen(
   return asked.runs[index : index + 1]
 
 
-def _list(asked: experiment.Experiment, known) -> None:
-  """The runs, their number for --index, their state and their diff."""
-  width = max(len(str(run)) for run in asked.runs)
+def _words_of(parts: Sequence[str], known: Container[str]) -> Iterator[str]:
+  """What was joined with commas, of names that may have commas themselves.
+
+  >>> list(_words_of(["a=1", "b=2", "c"], {"a=1,b=2", "c"}))
+  ['a=1,b=2', 'c']
+  """
+  parts = list(parts)
+  while parts:
+    lengths = range(len(parts), 0, -1)
+    n = next((n for n in lengths if ",".join(parts[:n]) in known), 1)
+    yield ",".join(parts[:n])
+    del parts[:n]
+
+
+def _list(asked: experiment.Experiment, runs, known) -> None:
+  """`runs` with their number for --index, their state and their diff."""
+  width = max(len(str(run)) for run in runs)
   print(f"{asked.folder}: {len(asked.runs)} runs, diffs of {asked.base}")
   for i, run in enumerate(asked.runs):
+    if run not in runs:
+      continue
     state = known.get(run, "to run")
     state = state if state in ("done", "to run") else "failed"
     diff = " ".join(f"{key}={value}" for key, value in run.diff.items())

@@ -43,7 +43,7 @@ def interval(
   >>> [round(x, 3) for x in found]
   [0.2, -0.069, 0.469]
   """
-  d = np.asarray(differences, np.float64)
+  d = np.sort(np.asarray(differences, np.float64))  # in any order the same
   n = len(d)
   if n < 2:
     return None

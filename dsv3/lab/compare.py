@@ -77,7 +77,9 @@ def compare(
   baseline: str | None = None,
   match: str | None = None,
 ) -> Comparison:
-  """All arms with results against `baseline`, the first one if None.
+  """All arms with results against `baseline`, the experiment's own if None.
+
+  Where its own has no result, against the first arm that has; a note says so.
 
   `metric` is a name of `final`, of the last step as train/NAME, of the best
   evaluation as best/NAME, or of a line itself. Raises ConfigError.
@@ -108,6 +110,13 @@ def compare(
   ]
   missing = [name for name in asked.arms if not done.get(name)]
   notes = _notes(all_done, others, missing, match)
+  if infinite := [line for line in all_done if value(line, metric) is None]:
+    runs = ", ".join(f"{line['name']}-s{line['seed']}" for line in infinite)
+    notes.insert(0, f"Without a finite {metric}, and left out: {runs}.")
+  if asked.baseline in missing:
+    notes.insert(
+      0, f"Of {asked.baseline} there is no result: minus {baseline}."
+    )
   return Comparison(metric, baseline, match, rows, notes)
 
 
@@ -151,17 +160,19 @@ def _metrics(line: Line) -> list[str]:
 def _baseline(
   asked: Experiment, done: Mapping[str, Mapping], wanted: str | None
 ) -> str:
-  name = wanted or asked.baseline
-  if name not in asked.arms:
+  with_some = [name for name, found in done.items() if found]
+  if wanted is None:
+    return asked.baseline if asked.baseline in with_some else with_some[0]
+  if wanted not in asked.arms:
     raise ConfigError(
-      f"--baseline={name}: no such arm; there are {', '.join(asked.arms)}"
+      f"--baseline={wanted}: no such arm; there are {', '.join(asked.arms)}"
     )
-  if not done.get(name):
-    with_some = ", ".join(n for n, found in done.items() if found)
+  if wanted not in with_some:
     raise ConfigError(
-      f"--baseline={name}: found no result of it; there are those of {with_some}"
+      f"--baseline={wanted}: found no result of it; there are those of "
+      f"{', '.join(with_some)}"
     )
-  return name
+  return wanted
 
 
 def _row(

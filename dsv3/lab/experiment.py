@@ -85,13 +85,13 @@ class Experiment:
 
 def load(
   folder: str | pathlib.Path,
-  seeds: Sequence[int] | None = None,
+  n_seeds: int | None = None,
   overrides: Iterable[str] = (),
 ) -> Experiment:
   """The experiment in `folder`: every arm under every seed.
 
-  `seeds` are for the arms that set no train.seed; None: SEEDS of `sweep.py`, or
-  three. `overrides` are `key=value` on BASE. Runs stop at train.steps and not
+  `n_seeds` is of the arms that set no train.seed: the first of SEEDS, and those
+  that follow them; None: SEEDS as `sweep.py` has them, or three. `overrides` are `key=value` on BASE. Runs stop at train.steps and not
   at train.max_minutes, unless an arm sets that. Raises ConfigError.
   """
   folder = pathlib.Path(folder)
@@ -104,8 +104,7 @@ def load(
     raise ConfigError(f"{path}: found no BASE and runs(), wanted both")
   beside = folder / (base if base.endswith(".py") else f"{base}.py")
   base = str(beside) if beside.is_file() else base
-  if seeds is None:
-    seeds = getattr(module, "SEEDS", range(3))
+  seeds = _seeds(path, getattr(module, "SEEDS", range(3)), n_seeds)
   try:
     listed = _listed(module.runs(), seeds)
   except ConfigError as error:
@@ -118,17 +117,34 @@ def load(
   baseline = getattr(module, "BASELINE", runs[0].name)
   if baseline not in {run.name for run in runs}:
     raise ConfigError(f"{path}: BASELINE: found {baseline!r}, wanted an arm")
-  metrics = tuple(getattr(module, "METRICS", ["loss"]))
   return Experiment(
     folder,
     base,
     runs,
     baseline,
-    metrics,
+    _names(path, "METRICS", getattr(module, "METRICS", ["loss"])),
     answer=getattr(module, "answer", None),
-    higher=tuple(getattr(module, "HIGHER", ())),
+    higher=_names(path, "HIGHER", getattr(module, "HIGHER", ())),
     relative=bool(getattr(module, "RELATIVE", False)),
   )
+
+
+def _seeds(path, found: Any, n: int | None) -> list[int]:
+  """`n` seeds: those of SEEDS, then the ones after its largest."""
+  is_list = isinstance(found, Sequence) and not isinstance(found, str)
+  if not is_list or not found or not all(isinstance(s, int) for s in found):
+    raise ConfigError(f"{path}: SEEDS: found {found!r}, wanted a list of seeds")
+  more = itertools.count(max(found) + 1)
+  return list(itertools.islice(itertools.chain(found, more), n or len(found)))
+
+
+def _names(path, what: str, found: Any) -> tuple[str, ...]:
+  is_list = isinstance(found, Sequence) and not isinstance(found, str)
+  if not is_list or not all(isinstance(name, str) for name in found):
+    raise ConfigError(
+      f"{path}: {what}: found {found!r}, wanted a list of names"
+    )
+  return tuple(found)
 
 
 def _listed(found: Any, seeds: Sequence[int]) -> sweep.Sweep:

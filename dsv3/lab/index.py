@@ -7,6 +7,7 @@ paragraphs **Ours.** and **Runs.**.
 """
 
 import pathlib
+import posixpath
 import re
 import statistics
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dsv3.lab import compare, experiment, results, table
 
 HEADS = ("question", "paper", "ours (n)", "verdict", "commit (+ changed)")
 METRICS, ARMS = 2, 6  # of an experiment, at most, in its cell
+_LINK = re.compile(r"\]\((?![a-z]+:|[#/])([^)]+)\)")  # to another file
 
 
 def index(folder: pathlib.Path) -> str:
@@ -32,14 +34,15 @@ def _row(place: pathlib.Path) -> Sequence[str]:
   heading = re.search(r"^# (.+)$", text, re.MULTILINE)
   name = heading[1] if heading else place.name
   question = paragraph(text, "Question") or name
+  said = lambda words: _moved(_cell(words), place.name)
   is_swept = (place / "sweep.py").is_file()
   ours, commit = _measured(place) if is_swept else _said(text)
   return [
     f"[{_cell(name)}]({place.name}/README.md)"
-    + (f": {_cell(question)}" if question != name else ""),
-    _cell(paragraph(text, "Paper")),
+    + (f": {said(question)}" if question != name else ""),
+    said(paragraph(text, "Paper")),
     _cell(ours),
-    _cell(paragraph(text, "Verdict")) or "not run yet",
+    said(paragraph(text, "Verdict")) or "not run yet",
     commit,
   ]
 
@@ -69,17 +72,16 @@ def _measured(place: pathlib.Path) -> tuple[str, str]:
   lines = compare.whole(compare.of_arms(asked)[0])
   if not lines:
     return "", ""
-  first = asked.baseline if asked.baseline in lines else next(iter(lines))
-  means = [_means(asked, metric, first) for metric in asked.metrics[:METRICS]]
+  means = [_means(asked, metric) for metric in asked.metrics[:METRICS]]
   of_all = [line for found in lines.values() for line in found]
   commits = sorted({_commit(line) for line in of_all})
   counted = _counted([len(found) for found in lines.values()], len(asked.arms))
   return f"{'; '.join(means)} ({counted})", ", ".join(commits)
 
 
-def _means(asked: experiment.Experiment, metric: str, first: str) -> str:
-  """A metric of `first` and of as many of the other arms as have room."""
-  rows = compare.compare(asked, metric, baseline=first).rows
+def _means(asked: experiment.Experiment, metric: str) -> str:
+  """A metric of the baseline and of as many of the other arms as have room."""
+  _, first, _, rows, _ = compare.compare(asked, metric)
   rows = sorted(rows, key=lambda row: row.name != first)
   most = max(len(row.values) for row in rows)
   parts = [f"{row.name} {_mean(row, first, most)}" for row in rows[:ARMS]]
@@ -113,6 +115,16 @@ def _counted(seeds: Sequence[int], n_arms: int) -> str:
 
 def _cell(text: str) -> str:
   return text.replace("|", "\\|")
+
+
+def _moved(text: str, folder: str) -> str:
+  """Links of a file in `folder`, as they are from beside it.
+
+  >>> _moved("[a](../a/README.md), [b](b.png), [c](https://c)", "q")
+  '[a](a/README.md), [b](q/b.png), [c](https://c)'
+  """
+  beside = lambda link: posixpath.normpath(posixpath.join(folder, link[1]))
+  return _LINK.sub(lambda link: f"]({beside(link)})", text)
 
 
 def write(folder: pathlib.Path) -> pathlib.Path:

@@ -184,8 +184,15 @@ def record_start(
 
 
 def position_of(workdir: pathlib.Path, step: int) -> tuple[int, Position]:
-  """`train.steps` and the start that held when step `step` was made."""
+  """`train.steps` and the start that held when step `step` was made.
+
+  Raises ConfigError for weights that were imported, of which no step was made.
+  """
   starts = _starts(workdir)
+  if not starts:
+    raise ConfigError(
+      f"{workdir}: found no starts.jsonl, wanted a run that has made steps"
+    )
   held = [s for s in starts if s["done"] < step] or starts[:1]
   start = held[-1]
   return start["steps"], Position(start["done"], start["sequences_ahead"])

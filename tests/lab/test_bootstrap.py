@@ -62,6 +62,12 @@ def test_listed_resamples_are_those_that_are_drawn(monkeypatch):
   assert exact.mean == drawn.mean
 
 
+@pytest.mark.parametrize("n", [3, 9])
+def test_the_interval_does_not_hang_on_the_order_of_the_pairs(n):
+  sample = np.random.default_rng(0).normal(size=n)
+  assert bootstrap.interval(sample) == bootstrap.interval(sample[::-1])
+
+
 @pytest.mark.parametrize(
   "low, high, lower, higher",
   [

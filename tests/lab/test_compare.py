@@ -57,6 +57,26 @@ def test_failed_runs_are_counted_and_are_in_no_mean(place):
   assert "2 (1 failed)" in table.plain([compare.compare(trial.load(place))])
 
 
+def test_what_is_not_finite_is_left_out_and_told(place):
+  trial.record(place, LOSSES)
+  last = trial.load(place).runs[-1]
+  line = trial.result(last, 9.0, final={"loss": None, "max_vio": 0.1})
+  results.append(place / "results.jsonl", line)
+  found = compare.compare(trial.load(place))
+  assert sorted(found.rows[1].values) == [0, 1]
+  assert found.notes[0] == "Without a finite loss, and left out: b-s2."
+  assert len(compare.compare(trial.load(place), "max_vio").notes) == 1
+
+
+def test_without_a_result_of_the_baseline_another_arm_is_it(place):
+  trial.record(place, {"a": [], "b": LOSSES["b"]})
+  found = compare.compare(trial.load(place))
+  assert found.baseline == "b" and found.rows[0].verdict == "baseline"
+  assert found.notes[0] == "Of a there is no result: minus b."
+  with pytest.raises(ConfigError, match="--baseline=a: found no result of it"):
+    compare.compare(trial.load(place), baseline="a")
+
+
 def test_results_of_another_config_are_left_out_and_told(place):
   trial.record(place, LOSSES)
   trial.write(place.parents[1], THREE, train__steps=99)

@@ -17,9 +17,20 @@ def test_every_arm_comes_under_every_seed(tmp_path):
   assert asked.runs[0].diff == asked.runs[2].diff == {}
   assert asked.runs[1].diff == {"schedule.lr_peak": 0.002}
   assert len({run.id for run in asked.runs}) == 2
-  more = experiment.load(tmp_path / "experiments/q", range(5))
+  more = experiment.load(tmp_path / "experiments/q", 5)
   assert len(more.runs) == 10
   assert [run.key for run in more.runs[:4]] == [run.key for run in asked.runs]
+
+
+def test_more_seeds_are_those_after_the_ones_that_are_named(tmp_path):
+  """SEEDS may leave out those by which a rule was chosen."""
+  named = trial.SWEEP.replace("range(2)", "[6, 9]")
+  place = trial.write(tmp_path, named)
+  of_arm = lambda n: [
+    r.seed for r in experiment.load(place, n).runs if r.name == "a"
+  ]
+  assert of_arm(None) == of_arm(2) == [6, 9]
+  assert of_arm(1) == [6] and of_arm(4) == [6, 9, 10, 11]
 
 
 def test_a_diff_is_computed_so_what_the_base_says_is_no_diff(tmp_path):
@@ -79,6 +90,9 @@ def test_an_arm_with_its_own_seed_comes_once(tmp_path):
       HEAD + "def runs(): return [('a', {}), ('a', {'model.dim': 64})]",
       "one name or one run twice",
     ),
+    (trial.SWEEP + "SEEDS = []", "SEEDS: found [], wanted a list of seeds"),
+    (trial.SWEEP + "SEEDS = 3", "SEEDS: found 3"),
+    (trial.SWEEP + "METRICS = 'loss'", "METRICS: found 'loss', wanted a list"),
     (HEAD.replace("base", "bse") + "def runs(): yield 'a', {}", "bse"),
   ],
 )

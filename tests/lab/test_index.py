@@ -1,6 +1,7 @@
 """The table of all experiments: words from their READMEs, counts from results."""
 
 import pathlib
+import re
 
 import pytest
 
@@ -103,8 +104,31 @@ def test_uncommitted_code_is_marked(tmp_path):
   assert index.index(place.parent).endswith("| abcdef0, abcdef0+ |")
 
 
+def test_links_of_a_readme_lead_from_the_table_to_the_same_file(tmp_path):
+  place = tmp_path / "q"
+  place.mkdir()
+  links = "[a](../r/README.md) [b](b.png) [c](https://c.org) [d](#d)"
+  (place / "README.md").write_text(f"# Q\n\n**Verdict.** {links}\n")
+  found = index.index(tmp_path).splitlines()[2].split(" | ")[3]
+  assert found == "[a](r/README.md) [b](q/b.png) [c](https://c.org) [d](#d)"
+
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+  "path",
+  [*ROOT.glob("*.md"), *(ROOT / "experiments").glob("**/*.md")],
+  ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_link_between_files_leads_somewhere(path):
+  text = path.read_text()
+  for target in re.findall(r"\]\((?![a-z]+:|#)([^)#]+)", text):
+    assert (path.parent / target).exists(), target
+
+
 def test_the_kept_table_is_that_of_the_experiments():
-  folder = pathlib.Path(__file__).parents[2] / "experiments"
+  folder = ROOT / "experiments"
   wanted = index.index(folder)
   assert wanted in (folder / "README.md").read_text(), (
     "dsv3 compare experiments"

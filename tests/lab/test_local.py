@@ -262,17 +262,45 @@ def test_sweep_trains_records_and_resumes_for_real(
   assert "wanted 0 to 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("baseline", ["b", "a"])
 def test_a_sweep_ends_in_the_table_and_the_page_whatever_has_failed(
-  tmp_path, monkeypatch, capsys
+  baseline, place, monkeypatch, capsys
 ):
-  place = trial.write(tmp_path)
-  monkeypatch.chdir(tmp_path)
+  """One arm fails, of the other there is a table: its baseline or not."""
   monkeypatch.setattr(process, "command", trial.command("fail"))
-  sweep = trial.SWEEP + 'BASELINE = "b"\n'
-  (place / "sweep.py").write_text(sweep)
+  (place / "sweep.py").write_text(
+    f'{trial.SWEEP}BASELINE = "{baseline}"\nMETRICS = ["loss", "los"]\n'
+    "def answer(lines, folder):\n  return [lines['c']]\n"
+  )
   assert cli.main(["sweep", str(place)]) == 1
-  assert "no luck" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "no luck" in said and "b    2  4.4000" in said
+  assert ("Of a there is no result: minus b." in said) == (baseline == "a")
+  assert "--metric=los: found in no result" in said
+  assert "answer() of q/sweep.py failed: KeyError: 'c'" in said
   assert (place / "compare.html").read_text().count("failed: no luck") == 2
+
+
+def test_the_list_and_the_runs_are_those_that_are_named(
+  place, monkeypatch, capsys
+):
+  """By names with commas too, as `product` makes them."""
+  monkeypatch.setattr(process, "command", trial.command("train"))
+  sweep = trial.SWEEP.replace('"b":', '"x=1,y=2":')
+  (place / "sweep.py").write_text(sweep)
+  assert cli.main(["sweep", str(place), "--only=x=1,y=2,a-s0"]) == 0
+  capsys.readouterr()
+  for word, wanted in (
+    ("--only=a", ["0 a-s0 done", "2 a-s1 to run"]),
+    ("--only=x=1,y=2-s1,a-s0", ["0 a-s0 done", "3 x=1,y=2-s1 done"]),
+    ("--index=2", ["2 a-s1 to run"]),
+  ):
+    assert cli.main(["sweep", str(place), word, "--list"]) == 0
+    _, *rows = capsys.readouterr().out.splitlines()
+    rows = [" ".join(row.split()).partition(" schedule")[0] for row in rows]
+    assert rows == wanted
+  assert cli.main(["sweep", str(place), "--only=a", "--index=2"]) == 2
+  assert "--index: found beside --only" in capsys.readouterr().err
 
 
 def test_the_process_that_ends_the_last_run_writes_table_and_page(

@@ -136,6 +136,8 @@ def test_a_folder_without_a_run_and_a_damaged_config_are_named(tmp_path):
 
 
 def test_a_step_is_found_in_the_start_that_made_it(tmp_path):
+  with pytest.raises(ConfigError, match="found no starts.jsonl"):
+    run.position_of(tmp_path, 1)  # of weights that were imported
   for done, ahead, steps in (
     (0, 0, 20),
     (10, -3, 60),
