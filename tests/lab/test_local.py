@@ -10,7 +10,7 @@ import time
 import pytest
 
 from dsv3 import cli, config, overlay
-from dsv3.commands import lab
+from dsv3.commands import compare
 from dsv3.lab import local, process, table
 from dsv3.lab.board import Board
 from dsv3.train import logs
@@ -326,7 +326,7 @@ def test_the_process_that_ends_the_last_run_writes_table_and_page(
 def test_two_that_end_at_once_write_one_after_the_other(place, monkeypatch):
   monkeypatch.setattr(process, "command", trial.command("train"))
   order, alone = [], process.alone(place.parents[1] / "runs" / "q")
-  monkeypatch.setattr(lab, "_answer", lambda *_, **__: order.append("ours"))
+  monkeypatch.setattr(compare, "_answer", lambda *_, **__: order.append("ours"))
 
   def write():
     with alone:

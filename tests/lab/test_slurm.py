@@ -10,7 +10,7 @@ import pytest
 import submitit  # noqa: F401
 
 from dsv3 import cli
-from dsv3.commands import lab
+from dsv3.commands import sweep
 from dsv3.config import ConfigError
 from dsv3.lab import process, slurm
 from dsv3.lab.process import environment
@@ -148,7 +148,7 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, monkeypatch, capfd):
 def test_only_takes_arms_and_runs(tmp_path):
   place = trial.write(tmp_path)
   asked = trial.load(place)
-  chosen = lambda *only: [str(run) for run in lab._chosen(asked, None, only)]
+  chosen = lambda *only: [str(run) for run in sweep._chosen(asked, None, only)]
   assert chosen() == ["a-s0", "b-s0", "a-s1", "b-s1"]
   assert chosen("b") == ["b-s0", "b-s1"]
   assert chosen("b-s1", "a-s0") == ["a-s0", "b-s1"]
