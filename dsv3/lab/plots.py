@@ -108,6 +108,7 @@ def draw_forest(axis, found: Comparison) -> None:
   axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
   title = f"{found.metric} minus {found.baseline}: seeds, mean, 95%"
   axis.set_title(title, fontsize=10)
+  axis.locator_params(axis="x", nbins=6)  # more have no room for +-0.025
   axis.grid(axis="x", alpha=0.25)
 
 
