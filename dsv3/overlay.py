@@ -6,6 +6,7 @@ overlay never adds a key: a misspelt one is an error that names the nearest.
 """
 
 import ast
+import functools
 import importlib.util
 import pathlib
 import typing
@@ -44,11 +45,11 @@ def text_of(name: str) -> str:
 
 def overlay(values: ConfigDict, diff: Mapping[str, Any]) -> ConfigDict:
   """Sets dotted keys of `values` in place; each must exist and fit its type."""
-  for key, value in diff.items():
-    group, leaf = _resolve(values, key)
-    if isinstance(group[leaf], ConfigDict):
-      raise ConfigError(f"config.{key}: is a group; name a key inside it")
-    with group.ignore_type(), group.unlocked():
+  with values.ignore_type(), values.unlocked():
+    for key, value in diff.items():
+      group, leaf = _resolve(values, key)
+      if isinstance(group[leaf], ConfigDict):
+        raise ConfigError(f"config.{key}: is a group; name a key inside it")
       group[leaf] = schema.coerce(value, _type_of(key), f"config.{key}")
   return values.lock()
 
@@ -148,6 +149,7 @@ def _suggest(values: ConfigDict, key: str) -> str:
   return schema.nearest(key, known)
 
 
+@functools.cache
 def _type_of(key: str) -> Any:
   kind = schema.Config
   for part in key.split("."):

@@ -111,7 +111,8 @@ def load(
     raise ConfigError(f"{path}: {error}") from error
   except Exception as error:
     raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
-  make = functools.partial(_run, path, base, tuple(overrides))
+  tree = overlay.overlay(overlay.load(base), {"train.max_minutes": 0.0})
+  make = functools.partial(_run, path, tree, tuple(overrides))
   runs = tuple(make(name, diff) for name, diff in listed)
   _check_unique(path, runs)
   baseline = getattr(module, "BASELINE", runs[0].name)
@@ -173,7 +174,7 @@ def _listed(found: Any, seeds: Sequence[int]) -> sweep.Sweep:
 
 
 def _run(path, base, overrides, name: str, diff: Mapping[str, Any]) -> Run:
-  tree = overlay.overlay(overlay.load(base), {"train.max_minutes": 0.0})
+  tree = base.copy_and_resolve_references()
   before = overlay.flat(tree)
   shared = overlay.parse(tree, overrides)
   if twice := sorted(shared.keys() & diff.keys()):
