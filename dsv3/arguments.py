@@ -179,8 +179,7 @@ def parser() -> argparse.ArgumentParser:
   )
   sweep.add_argument(
     "--only",
-    type=lambda text: text.split(","),
-    default=[],
+    default="",
     metavar="NAME,NAME",
     help="only these arms or runs",
   )

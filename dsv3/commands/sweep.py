@@ -98,14 +98,14 @@ def _submit(arguments, asked, waiting, folder: pathlib.Path) -> int:
 
 
 def _chosen(
-  asked: experiment.Experiment, index: int | None, only: Sequence[str]
+  asked: experiment.Experiment, index: int | None, only: str
 ) -> Sequence[experiment.Run]:
   """Those that --index or --only ask for."""
   if index is not None and only:
     raise ConfigError("--index: found beside --only, wanted one of them")
   names = lambda run: {run.name, str(run), f"{run.id}-s{run.seed}"}
   known = set().union(*map(names, asked.runs))
-  wanted = set(_words_of(only, known))
+  wanted = set(_named(only, known))
   if strange := sorted(wanted - known):
     raise ConfigError(
       f"--only: found {strange[0]}, wanted an arm ({', '.join(asked.arms)}) or "
@@ -121,13 +121,13 @@ def _chosen(
   return asked.runs[index : index + 1]
 
 
-def _words_of(parts: Sequence[str], known: Container[str]) -> Iterator[str]:
-  """What was joined with commas, of names that may have commas themselves.
+def _named(text: str, known: Container[str]) -> Iterator[str]:
+  """What is joined with commas in `text`, of names that may have commas too.
 
-  >>> list(_words_of(["a=1", "b=2", "c"], {"a=1,b=2", "c"}))
+  >>> list(_named("a=1,b=2,c", {"a=1,b=2", "c"}))
   ['a=1,b=2', 'c']
   """
-  parts = list(parts)
+  parts = text.split(",") if text else []
   while parts:
     lengths = range(len(parts), 0, -1)
     n = next((n for n in lengths if ",".join(parts[:n]) in known), 1)

@@ -91,8 +91,9 @@ def load(
   """The experiment in `folder`: every arm under every seed.
 
   `n_seeds` is of the arms that set no train.seed: the first of SEEDS, and those
-  that follow them; None: SEEDS as `sweep.py` has them, or three. `overrides` are `key=value` on BASE. Runs stop at train.steps and not
-  at train.max_minutes, unless an arm sets that. Raises ConfigError.
+  that follow them; None: SEEDS as `sweep.py` has them, or three. `overrides` are
+  `key=value` on BASE. Runs stop at train.steps and not at train.max_minutes,
+  unless an arm sets that. Raises ConfigError.
   """
   folder = pathlib.Path(folder)
   path = folder / "sweep.py"

@@ -10,11 +10,4 @@ METRICS = ["loss", "max_vio"]
 SEEDS = range(3, 9)  # those before were run in experiments/balance_rest
 
 LATE = module_of(pathlib.Path(__file__).parents[1] / "balance_late/sweep.py")
-
-
-def runs():
-  return LATE.runs()
-
-
-def answer(lines, folder):
-  return LATE.answer(lines, folder)
+runs, answer = LATE.runs, LATE.answer

@@ -25,8 +25,5 @@ def runs():
   )
 
 
-def answer(lines, folder):
-  tenth = module_of(
-    pathlib.Path(__file__).parents[1] / "balance_settled/tenth.py"
-  )
-  return tenth.answer(lines, folder)
+TENTH = pathlib.Path(__file__).parents[1] / "balance_settled/tenth.py"
+answer = module_of(TENTH).answer

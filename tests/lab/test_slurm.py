@@ -148,7 +148,9 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, monkeypatch, capfd):
 def test_only_takes_arms_and_runs(tmp_path):
   place = trial.write(tmp_path)
   asked = trial.load(place)
-  chosen = lambda *only: [str(run) for run in sweep._chosen(asked, None, only)]
+  chosen = lambda *only: [
+    str(run) for run in sweep._chosen(asked, None, ",".join(only))
+  ]
   assert chosen() == ["a-s0", "b-s0", "a-s1", "b-s1"]
   assert chosen("b") == ["b-s0", "b-s1"]
   assert chosen("b-s1", "a-s0") == ["a-s0", "b-s1"]
